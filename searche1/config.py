@@ -1,0 +1,255 @@
+"""Every setting, once: name, default, and the comment that `searche1 config` prints as its help.
+
+Defaults are the paper's values for Qwen2.5-3B where it gives them; where it does not, the choice is
+listed with its reason in docs/decisions.md. A YAML file and `key=value` arguments override them;
+a key that does not exist is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from searche1.types import UserError
+
+SEARCH_R1_USER = (
+    "Answer the given question. "
+    "You must conduct reasoning inside <think> and </think> first every time you get new information. "
+    "After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query </search> "
+    "and it will return the top searched results between <information> and </information>. "
+    "You can search as many times as your want. "
+    "If you find no further external knowledge needed, you can directly provide the answer inside <answer> and "
+    "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
+)
+PRIVILEGED_USER = (
+    "{student_prompt}"
+    "Here is an expert reference trajectory that answers this question correctly:\n"
+    "=== Reference Begin ===\n"
+    "{reference}\n"
+    "=== Reference End ===\n"
+    "\n"
+    "Read the reference carefully and make sure you understand why each step was taken. "
+    "Then attempt the same question yourself, in your own words, following the required format above."
+)
+INVALID_ACTION = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
+    "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    out: str = "runs/search-e1"  # run directory; everything a run writes is inside
+    seed: int = 0  # data order, sampling, initialisation
+    device: str = "auto"  # auto, cpu or cuda
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "Qwen/Qwen2.5-3B-Instruct"  # HuggingFace folder or hub id of the starting policy
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1  # tensor-parallel ranks; must divide heads and key-value heads
+    pipeline: int = 1  # pipeline stages; must divide the number of layers
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 with float32 main parameters on a GPU, else float32
+    max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
+    recompute: str = "none"  # activation recompute: none, selective or full
+    distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
+    logits_chunk: int = 2048  # rows per language-model-head chunk; bounds logit memory
+    sync_tolerance: float = 0.0  # largest mean |engine - trainer| logprob after a sync; 0: 1e-4 in float32, 0.05 in bfloat16
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    port: int = 0  # first HTTP port of the engines; 0 picks a free one
+    tensor: int = 1  # tensor-parallel size of one SGLang engine
+    count: int = 1  # engines on this node
+    mem_fraction: float = 0.6  # share of GPU memory an engine may take
+    max_total_tokens: int = 0  # size of the key-value cache in tokens; 0 lets SGLang decide
+    max_running: int = 256  # requests decoded together
+    sync_bucket_mb: int = 512  # size of one weight-sync bucket
+    start_timeout_s: float = 600.0  # how long an engine may take to become healthy
+    request_timeout_s: float = 600.0  # how long one generation may take
+    attention_backend: str = ""  # SGLang attention backend; empty chooses by device
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    group_size: int = 5  # G, trajectories per question in GRPO (paper 4.1)
+    temperature: float = 1.0  # paper 4.1
+    top_p: float = 1.0  # Search-R1's code leaks 0.95; its paper says 1.0
+    max_searches: int = 4  # T_max (paper 4.1): turns that may search; one final generation follows
+    max_response_tokens: int = 500  # per generation (Search-R1)
+    max_observation_tokens: int = 500  # per observation, wrapper included (Search-R1)
+    max_start_tokens: int = 2048  # initial prompt kept, cut on the left (Search-R1)
+    max_context_tokens: int = 4096  # rolling context cut on the left, whole response cut on the right (Search-R1)
+    max_in_flight: int = 512  # trajectories sampled at once
+    max_errors: float = 0.2  # share of trajectories that may fail for engine or retriever faults before the run stops
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    user: str = SEARCH_R1_USER  # {question}; Eq. 3
+    teacher: str = PRIVILEGED_USER  # {student_prompt} or {question}, and {reference}; Eq. 4, wording ours
+    document: str = "Doc {rank}(Title: {title}) {text}\n"  # one passage of an observation (Search-R1)
+    information: str = "\n\n<information>{documents}</information>\n\n"  # an observation (Search-R1)
+    invalid_action: str = INVALID_ACTION  # what a turn without a complete tag is told (Search-R1)
+
+
+@dataclass(frozen=True)
+class RetrieverConfig:
+    url: str = ""  # address of a running /retrieve server; empty starts one for this run
+    corpus: str = ""  # jsonl of {"id", "contents"}; needed when url is empty
+    index: str = ""  # FAISS index folder built by tools/build_index.py; needed when url is empty
+    topk: int = 3  # passages per query (paper 4.1)
+    port: int = 0  # port of the server this run starts; 0 picks a free one
+    timeout_s: float = 30.0  # one HTTP request
+    retries: int = 10  # tries on connection errors, time-outs and 5xx before a trajectory is marked "error"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""  # training questions: .jsonl or Search-R1 .parquet
+    validation: str = ""  # questions that choose the OPSD adapter; disjoint from train
+    test: str = ""  # held-out questions that judge every stage
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    steps: int = 200  # rollout batches in a round (paper 4.1)
+    prompts_per_step: int = 512  # questions per rollout batch (Search-R1)
+    mini_batch_size: int = 256  # sequences per optimizer update (Search-R1); 0 takes the whole rollout batch
+    lr: float = 1.0e-6  # paper 4.1
+    warmup_ratio: float = 0.285  # linear warm-up share of the round, then constant (Search-R1)
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # Search-R1
+    weight_decay: float = 0.01  # Search-R1
+    grad_clip: float = 1.0  # global gradient norm (Search-R1)
+    clip_eps: float = 0.2  # epsilon in Eq. 2
+    kl_coef: float = 0.001  # beta (paper 4.1); 0 skips the reference model
+    entropy_coef: float = 0.001  # entropy bonus (a default of Search-R1's code)
+    advantage_eps: float = 1.0e-6  # added to the standard deviation of Eq. 1
+    loss_norm: str = "token_mean"  # token_mean over the mini-batch (verl) or sequence_mean
+    save_every: int = 50  # steps between checkpoints; 0 saves only the last
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    rollouts_per_question: int = 5  # K; not in the paper, equal to G
+    max_questions: int = 0  # questions rolled out; 0 goes on until the pairs suffice
+    chunk_questions: int = 256  # questions per restartable piece of the pool
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    min_ref_searches: int = 0  # smallest number of searches a reference may have; 0 is the paper's rule
+    text: str = "full"  # text compared: full response or policy only
+
+
+@dataclass(frozen=True)
+class OPSDConfig:
+    max_steps: int = 200  # updates
+    epochs: int = 1  # passes over the pairs at most
+    pairs_per_step: int = 32  # OPSD's effective batch
+    lr: float = 5.0e-6  # OPSD
+    lr_decay: str = "constant"  # constant or linear
+    weight_decay: float = 0.0  # OPSD
+    grad_clip: float = 0.1  # OPSD
+    kl_clip: float = 10.0  # tau_clip of Eq. 7 (paper 4.1)
+    temperature: float = 1.0  # both distributions
+    loss_norm: str = "sequence_mean"  # sequence_mean is Eq. 7; token_mean is OPSD's
+    lora_rank: int = 64  # OPSD
+    lora_alpha: int = 128  # OPSD
+    validate_every: int = 25  # updates between validation EMs; step 0 is a candidate too
+    max_teacher_tokens: int = 10240  # longer teacher prompts drop their pair, never a token of the student
+    teacher_check_questions: int = 64  # wrong trajectories continued under both prompts before the round; 0 skips
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    temperature: float = 0.0  # 0 is greedy
+    samples: int = 1  # trajectories per question at temperature > 0
+    greedy: bool = True  # also evaluate greedily when temperature > 0
+    validation_temperature: float = 0.0  # decoding that chooses the adapter
+    validation_samples: int = 1  # trajectories per validation question
+
+
+@dataclass(frozen=True)
+class CycleConfig:
+    cycles: int = 2  # GRPO + OPSD rounds in turn (paper 5)
+    skip_opsd: bool = False  # GRPO rounds only: the control experiment
+    evaluate_stages: bool = True  # take held-out EM after every stage
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    opsd: OPSDConfig = field(default_factory=OPSDConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cycle: CycleConfig = field(default_factory=CycleConfig)
+
+
+def config_keys(node: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key, e.g. "grpo.clip_eps"."""
+    keys: list[str] = []
+    for f in dataclasses.fields(node):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        nested = dataclasses.is_dataclass(default)
+        keys += config_keys(type(default), f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the YAML file, then `key=value` overrides. Raises UserError on anything that does not fit."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(Config)
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                raise UserError(f"config file not found: {path}; give an existing YAML file, such as configs/quickstart.yaml")
+            merged = OmegaConf.merge(merged, OmegaConf.load(path))
+        for override in overrides or []:
+            if "=" not in override:
+                raise UserError(f"an override must be key=value, got {override!r}; for example grpo.steps=10")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+    except UserError:
+        raise
+    except Exception as error:  # YAML syntax: the parser's own message carries line and column
+        if type(error).__module__.startswith("yaml"):
+            raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def _explain(error: Exception) -> str:
+    key = getattr(error, "full_key", None) or ""
+    message = str(error).splitlines()[0]
+    near = difflib.get_close_matches(key, config_keys(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
+    return f"config key {key!r}: {message}.{hint} `searche1 config` lists every key."
