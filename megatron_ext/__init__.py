@@ -1,0 +1,1 @@
+"""Extensions of Megatron-core that any project could use; nothing here knows of Search-E1."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,12 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 with float32 main parameters on a GPU, else float32
+    dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 on a GPU (main parameters float32), else float32
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
     recompute: str = "none"  # activation recompute: none, selective or full
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     logits_chunk: int = 2048  # rows per language-model-head chunk; bounds logit memory
-    sync_tolerance: float = 0.0  # largest mean |engine - trainer| logprob after a sync; 0: 1e-4 in float32, 0.05 in bfloat16
+    sync_tolerance: float = 0.0  # mean |engine - trainer| logprob allowed after a sync; 0: 1e-4 float32, 0.05 bfloat16
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class GRPOConfig:
     entropy_coef: float = 0.001  # entropy bonus (a default of Search-R1's code)
     advantage_eps: float = 1.0e-6  # added to the standard deviation of Eq. 1
     loss_norm: str = "token_mean"  # token_mean over the mini-batch (verl) or sequence_mean
-    save_every: int = 50  # steps between checkpoints; 0 saves only the last
+    save_every: int = 50  # steps between checkpoints to continue from; 0 saves none
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,9 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     try:
         if path is not None:
             if not Path(path).is_file():
-                raise UserError(f"config file not found: {path}; give an existing YAML file, such as configs/quickstart.yaml")
+                raise UserError(
+                    f"config file not found: {path}; give an existing YAML file, such as configs/quickstart.yaml"
+                )
             merged = OmegaConf.merge(merged, OmegaConf.load(path))
         for override in overrides or []:
             if "=" not in override:
@@ -250,6 +253,33 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 def _explain(error: Exception) -> str:
     key = getattr(error, "full_key", None) or ""
     message = str(error).splitlines()[0]
+    message = message.partition(". Did you mean")[0]  # OmegaConf's own guess stays inside one section
     near = difflib.get_close_matches(key, config_keys(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
     return f"config key {key!r}: {message}.{hint} `searche1 config` lists every key."
+
+
+def describe(config: Config) -> str:
+    """Every setting as `key: value  # meaning`, with a star where the value is not the default."""
+    comments = _comments()
+    lines = []
+    for key in config_keys():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        default = getattr(getattr(Config(), section), name)
+        mark = "  " if value == default else "* "
+        lines.append(f"{mark}{key}: {value!r}  # {comments[key]}")
+    return "\n".join(lines)
+
+
+def _comments() -> dict[str, str]:
+    """The comment behind each field in this file: a setting is explained where it is defined."""
+    sections = {type(getattr(Config(), f.name)).__name__: f.name for f in dataclasses.fields(Config)}
+    comments: dict[str, str] = {}
+    section = ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"class (\w+)", line):
+            section = sections.get(found[1], "")
+        elif section and (found := re.match(r"    (\w+): .+?  # (.+)", line)):
+            comments[f"{section}.{found[1]}"] = found[2]
+    return comments

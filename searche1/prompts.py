@@ -22,7 +22,8 @@ class Tokenizer(Protocol):
 class Passage(Protocol):
     """One retrieved passage; `contents` is a quoted title line, then the text."""
 
-    contents: str
+    @property
+    def contents(self) -> str: ...
 
 
 def normalize_question(question: str) -> str:

@@ -1,0 +1,81 @@
+"""Runs the real Megatron-core on a CPU, with gloo instead of NCCL.
+
+Megatron-core names the CUDA device in many places that have nothing to do with kernels: it allocates
+buffers with device="cuda", asks for streams, and recognises parameters by `.type()`. On a machine without
+CUDA this module answers those questions so that schedules, DDP, optimizers and checkpoints run unchanged.
+Nothing here is used on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: work on a CPU is done when the call returns, so nothing waits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _NoStream:
+        return self
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Maps device="cuda" to the CPU in every torch call, and names CPU tensor types as Megatron expects them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        if kwargs.get("pin_memory"):  # pinning serves copies to a GPU
+            kwargs = {**kwargs, "pin_memory": False}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            # Optimizers sort parameters by "torch.cuda.FloatTensor" and friends.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def enable_cpu_mode() -> None:
+    """Call once per process, before Megatron builds anything. Does nothing when called again."""
+    global _mode
+    if _mode is not None:
+        return
+    assert not torch.cuda.is_available(), "CPU mode on a machine with CUDA would move tensors off the GPU"
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # used as `device=` of new buffers
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.empty_cache = lambda *args, **kwargs: None
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
+    # Activation recompute saves and restores the GPU's random state; without dropout there is none to keep.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    # Megatron's own inference tracker: forking it is a no-op. Dropout is zero everywhere in this project.
+    megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()

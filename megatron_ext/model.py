@@ -1,0 +1,218 @@
+"""Builds a Megatron-core GPT from a HuggingFace config, and stops it at hidden states.
+
+Shapes: T packed tokens, R rows (positions that predict a policy token), H hidden size, V vocabulary, tp ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.attention import PackedSelfAttention
+from megatron_ext.hf_mapping import ModelShape, local_rules, padded_vocab_size
+from megatron_ext.norm import RMSNorm
+from megatron_ext.parallel import Layout
+from megatron_ext.vocab_parallel import VocabShard
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What of the model is the trainer's choice rather than the checkpoint's."""
+
+    dtype: torch.dtype
+    recompute: str  # a key of RECOMPUTE
+
+
+def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layout) -> TransformerConfig:
+    """Megatron's config for a HuggingFace model. Raises ValueError if the layout cannot hold the model."""
+    for what, number, size in (
+        ("attention heads", shape.num_heads, layout.tensor),
+        ("key-value heads", shape.num_kv_heads, layout.tensor),
+        ("layers", shape.num_layers, layout.pipeline),
+    ):
+        if number % size:
+            axis = "pipeline" if what == "layers" else "tensor"
+            raise ValueError(
+                f"the model has {number} {what}, which {axis}-parallel size {size} does not divide; "
+                f"set parallel.{axis} to a divisor of {number}"
+            )
+    if settings.recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {sorted(RECOMPUTE)}, got {settings.recompute!r}")
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.has_qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence,
+        pipeline_dtype=settings.dtype,
+        params_dtype=settings.dtype,
+        bf16=settings.dtype == torch.bfloat16,
+        # Packed micro-batches differ in length, so pipeline stages announce shapes to one another.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the only one that takes lengths that vary; asked for dense models too
+        # Row weights already sum to one over the global batch: nothing may rescale the loss or its gradient.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=_finalize_without_rescaling,
+        # Weights come from a checkpoint; building on the host keeps GPUs free of throw-away copies.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # These fusions need Apex or CUDA-only kernels.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **RECOMPUTE[settings.recompute],
+    )
+
+
+def _finalize_without_rescaling(model: list[torch.nn.Module], num_tokens: Any = None, **options: Any) -> None:
+    """Megatron's gradient reductions, without its division by a token count: weights are normalised already."""
+    finalize_model_grads(model, None, **options)
+
+
+def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Transformer Engine layers where it imports, Megatron's local layers with our attention and norm elsewhere.
+
+    The norms stay apart from the linears in both, so that parameter names, LoRA inputs and checkpoints are the same.
+    """
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    norm: Any
+    if has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        norm, attention.core_attention = TENorm, TEDotProductAttention
+        attention.linear_qkv, attention.linear_proj = TEColumnParallelLinear, TERowParallelLinear
+        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        layer.mlp.submodules.linear_fc2 = TERowParallelLinear
+    else:
+        norm, attention.core_attention = RMSNorm, PackedSelfAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can run here: it imports and there is a GPU."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class HiddenStateModel(GPTModel):
+    """A GPT whose last stage returns hidden states: only rows that predict policy tokens reach the head."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states  # [T or T/tp under sequence parallelism, 1, H]
+
+    def gather_rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Hidden states of `rows` (int64 [R]), whole on every tensor-parallel rank: [R, H].
+
+        Backward sums the ranks' partial gradients, because each rank's head is a slice of the vocabulary.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden[:, 0].index_select(0, rows)
+
+    def head_weight(self) -> Tensor:
+        """This rank's slice of the language-model head, [V_padded/tp, H]; the embedding when tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(shape: ModelShape, settings: ModelSettings, layout: Layout) -> HiddenStateModel:
+    """This rank's part of the model on its device, with uninitialised weights: load them with hf_io."""
+    config = transformer_config(shape, settings, layout)
+    model = HiddenStateModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config),
+        vocab_size=padded_vocab_size(shape.vocab_size, layout.tensor),
+        max_sequence_length=shape.max_positions,
+        pre_process=layout.pipeline_rank == 0,
+        post_process=layout.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_base,
+    )
+    for rule, parameter in local_rules(model, shape):
+        if rule.layout != "replicated":
+            _mark_sharded(parameter, dim=1 if rule.layout == "columns" else 0)
+    if shape.tied_embeddings and model.post_process and not model.pre_process:
+        _mark_sharded(model.output_layer.weight, dim=0)
+    return model.to(device=layout.device)
+
+
+def _mark_sharded(parameter: torch.nn.Parameter, *, dim: int) -> None:
+    """Megatron counts unmarked parameters once per tensor-parallel group in the gradient norm.
+
+    Its layers leave the mark to their weight initialisation, which is off here.
+    """
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim, parameter.partition_stride = dim, 1
+
+
+def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
+    """Which columns of the vocabulary this rank's head holds; columns past the real vocabulary are padding."""
+    from megatron.core import parallel_state
+
+    size = padded_vocab_size(shape.vocab_size, layout.tensor) // layout.tensor
+    group = parallel_state.get_tensor_model_parallel_group() if layout.tensor > 1 else None
+    return VocabShard(group=group, start=layout.tensor_rank * size, vocab_size=shape.vocab_size)
+
+
+def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1])."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )

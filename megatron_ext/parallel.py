@@ -1,0 +1,111 @@
+"""Process groups for tensor x pipeline x data parallelism, over NCCL on GPUs and gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_ext.cpu import enable_cpu_mode
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process's place. Sizes multiply to the world size; `sequence` shards activations over tensor ranks."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence: bool
+    device: torch.device
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that talks to people, engines and files."""
+        return self.rank == 0
+
+
+def init_parallel(*, tensor: int, pipeline: int, sequence: bool, device: str, timeout_s: float = 7200.0) -> Layout:
+    """Join the process groups. Collective: call once on every rank; under torchrun or as a single process.
+
+    Args:
+        device: "cpu" or "cuda".
+        timeout_s: how long a collective may wait; ranks idle while rank 0 drives rollouts, so it is long.
+    Raises:
+        ValueError: the world size is no multiple of tensor x pipeline, or sequence is asked without tensor.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % (tensor * pipeline):
+        raise ValueError(
+            f"{world_size} processes cannot hold tensor-parallel {tensor} x pipeline-parallel {pipeline}; "
+            f"start a multiple of {tensor * pipeline} processes (torchrun --nproc-per-node) or lower the sizes"
+        )
+    if sequence and tensor == 1:
+        raise ValueError("sequence parallelism needs tensor parallelism of at least 2; set parallel.sequence=false")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        enable_cpu_mode()
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # a single process needs no address
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        create_gloo_process_groups=True,  # the sharded optimizer gathers its state on the host
+        distributed_timeout_minutes=int(timeout_s / 60),
+    )
+    if device == "cuda":
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=world_size // (tensor * pipeline),
+        sequence=sequence,
+        device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
+        rank=dist.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def close_parallel() -> None:
+    """Leave the process groups, so that a finished rank does not hold up the others."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """Ranks that hold the same shard of the model."""
+    return parallel_state.get_data_parallel_group()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Ranks that hold the stages of one replica, in stage order."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def pipeline_last_rank() -> int:
+    """Global rank of this replica's last stage."""
+    return parallel_state.get_pipeline_model_parallel_last_rank()

@@ -1,0 +1,135 @@
+"""The command line. Each subcommand parses its own arguments and calls one function; nothing heavy loads before."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from searche1.types import UserError
+
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if arguments[:1] == ["retriever"]:  # its server has a parser of its own
+        from searche1.retrieval.server import main as retriever
+
+        return _guarded(lambda: retriever(arguments[1:]))
+    parsed = parser.parse_args(arguments)
+    if parsed.run is None:
+        parser.print_help()
+        return 2
+    return _guarded(lambda: parsed.run(parsed))
+
+
+def _guarded(command: Callable[[], int | None]) -> int:
+    is_speaker = os.environ.get("RANK", "0") == "0"
+    try:
+        return command() or 0
+    except UserError as error:
+        if is_speaker:
+            print(f"searche1: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_speaker:
+            print("\nsearche1: stopped; the same command continues from the last finished piece", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="searche1", description="Train search agents with GRPO and on-policy self-distillation (Search-E1)."
+    )
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    quickstart = commands.add_parser("quickstart", help="two cycles on a toy world, on a laptop")
+    quickstart.add_argument("--seed", type=int, default=0, help="world, data order and sampling (default 0)")
+    quickstart.add_argument("--out", default="", help="run directory (default runs/quickstart-seed<N>)")
+    quickstart.add_argument("--fast", action="store_true", help="one tiny cycle: a smoke run")
+    quickstart.add_argument(
+        "--new", action="store_true", help="start anew instead of continuing: takes the next free folder"
+    )
+    quickstart.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
+    quickstart.set_defaults(run=_quickstart)
+
+    for name, text in (
+        ("cycle", "GRPO and OPSD rounds in turn, judged after each"),
+        ("grpo", "one GRPO round"),
+        ("opsd", "one OPSD round"),
+        ("eval", "held-out EM of a model"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--config", help="YAML file, such as configs/quickstart.yaml")
+        if name != "cycle":
+            command.add_argument("--model", default="", help="HuggingFace folder to start from (default model.path)")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
+        command.set_defaults(run=_train, kind=name)
+
+    commands.add_parser("retriever", help="serve a corpus over HTTP (see `searche1 retriever --help`)")
+
+    report = commands.add_parser("report", help="draw curve.png and report.html of a run")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+
+    commands.add_parser("doctor", help="check this machine and say what to mend").set_defaults(run=_doctor)
+
+    config = commands.add_parser("config", help="print every setting with its value and meaning")
+    config.add_argument("--config", help="YAML file whose values to show")
+    config.add_argument("overrides", nargs="*", metavar="key=value")
+    config.set_defaults(run=_config)
+    return parser
+
+
+def _quickstart(parsed: argparse.Namespace) -> None:
+    from searche1.quickstart import run_quickstart
+
+    run_quickstart(
+        seed=parsed.seed,
+        out=parsed.out,
+        is_fast=parsed.fast,
+        is_new=parsed.new,
+        device=parsed.device,
+        overrides=parsed.overrides,
+    )
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from searche1.config import load_config
+    from searche1.cycle import run_cycle, run_single_stage
+
+    config = load_config(parsed.config, parsed.overrides)
+    if parsed.kind == "cycle":
+        run_cycle(config)
+    else:
+        run_single_stage(config, parsed.kind, parsed.model)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from searche1.report.page import write_report
+
+    if not (parsed.run_dir / "summary.json").is_file():
+        raise UserError(f"{parsed.run_dir} holds no summary.json; give the folder of a run whose first stage is done")
+    print(write_report(parsed.run_dir))
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from searche1.doctor import print_doctor, run_doctor
+
+    return print_doctor(run_doctor())
+
+
+def _config(parsed: argparse.Namespace) -> None:
+    from searche1.config import describe, load_config
+
+    print(describe(load_config(parsed.config, parsed.overrides)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The pipeline of paper 3.3: GRPO and OPSD rounds in turn, each judged on held-out questions.
+
+Stages meet in directories only. A stage whose manifest is there is skipped; one whose weights are there is only
+evaluated again; so a killed run continues where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from searche1.config import Config
+from searche1.data import load_questions, write_groups
+from searche1.evaluate import EvalResult, format_table, stage_row, summarize
+from searche1.grpo import run_grpo_round
+from searche1.opsd import run_opsd_round
+from searche1.report.page import write_report
+from searche1.runs import (
+    StageRow,
+    add_stage_row,
+    is_complete,
+    read_summary,
+    set_final_model,
+    write_manifest,
+)
+from searche1.session import Session, open_session
+from searche1.types import Group
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named step of the cycle. `train` takes the incoming model and the stage's name and returns a folder."""
+
+    name: str
+    train: Callable[[Path, str], Path] | None  # None: judge the incoming model as it is
+
+
+def run_cycle(config: Config) -> None:
+    """The whole self-evolution run. Collective; under torchrun or as a single process."""
+    with open_session(config) as session:
+        model = session.model_path
+        for stage in stages(session):
+            model = run_stage(session, stage, model)
+        session.from_writer(lambda: finish(session, model))
+
+
+def run_single_stage(config: Config, kind: str, model: str) -> None:
+    """One GRPO or OPSD round, or an evaluation, from a HuggingFace folder. Collective."""
+    with open_session(config) as session:
+        train = {"grpo": _grpo(session, 0), "opsd": _opsd(session, 0), "eval": None}[kind]
+        run_stage(session, Stage(kind, train), session.model_path if not model else Path(model))
+        session.from_writer(lambda: show_table(session))
+
+
+def stages(session: Session) -> list[Stage]:
+    """start, cycle0/grpo, cycle0/opsd, cycle1/grpo, ..."""
+    config = session.config.cycle
+    plan = [Stage("start", None)] if config.evaluate_stages else []
+    for number in range(config.cycles):
+        plan.append(Stage(f"cycle{number}/grpo", _grpo(session, number)))
+        if not config.skip_opsd:
+            plan.append(Stage(f"cycle{number}/opsd", _opsd(session, number)))
+    return plan
+
+
+def _grpo(session: Session, number: int) -> Callable[[Path, str], Path]:
+    return lambda model, name: run_grpo_round(session, model_path=model, stage=name, round_index=number)
+
+
+def _opsd(session: Session, number: int) -> Callable[[Path, str], Path]:
+    return lambda model, name: run_opsd_round(session, model_path=model, stage=name, round_index=number)
+
+
+def run_stage(session: Session, stage: Stage, model: Path) -> Path:
+    """Train unless the weights are there, judge, declare finished; returns the outgoing model. Collective."""
+    folder = session.run.directory / stage.name
+    trained = folder / "hf"
+    if session.from_writer(lambda: is_complete(folder)):
+        session.tell(f"{stage.name}: finished earlier, skipped")
+        return trained if stage.train else model
+    started = time.monotonic()
+    outgoing = model
+    if stage.train is not None:
+        session.tell(f"\n== {stage.name} ==")
+        if not session.from_writer(trained.is_dir):
+            stage.train(model, stage.name)
+        outgoing = trained
+    row = judge(session, outgoing, stage.name, started) if session.config.cycle.evaluate_stages else None
+
+    def declare_finished() -> None:
+        outputs = {"hf": trained} if stage.train else {}
+        for name in ("eval.json", "eval_groups.jsonl.gz", "pairs.jsonl", "adapter", "teacher_check.json"):
+            if (folder / name).exists():
+                outputs[name] = folder / name
+        metrics = {"em": row.em, "mean_searches": row.mean_searches} if row else {}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(
+            folder,
+            stage=stage.name,
+            inputs={"model": model, "train": session.config.data.train},
+            outputs=outputs,
+            config=session.config,
+            metrics=metrics,
+        )
+
+    session.from_writer(declare_finished)
+    return outgoing
+
+
+def judge(session: Session, model: Path, name: str, started: float) -> StageRow:
+    """EM of a saved model on the held-out questions, as `eval` asks; writes the row of summary.json. Collective."""
+    settings = session.config.eval
+    policy = session.policy(model, optimizer=None)
+    session.sync(policy, stage=f"{name}/eval")
+    questions = load_questions(session.config.data.test)
+
+    def rollout(temperature: float, samples: int) -> list[Group]:
+        return session.rollout(
+            questions,
+            samples=samples,
+            temperature=temperature,
+            seed=session.config.run.seed * 1_000_003 + 990_001,  # the same draws for every stage
+            title=f"{name} held-out questions at T={temperature:g}",
+        )
+
+    groups = rollout(settings.temperature, settings.samples if settings.temperature > 0 else 1)
+    greedy = summarize(rollout(0.0, 1)) if settings.greedy and settings.temperature > 0 else None
+    result = summarize(groups)
+    row = stage_row(name, result, temperature=settings.temperature, greedy=greedy, seconds=time.monotonic() - started)
+    session.from_writer(lambda: _record(session, name, groups, result, greedy, row))
+    return row
+
+
+def _record(
+    session: Session, name: str, groups: list[Group], result: EvalResult, greedy: EvalResult | None, row: StageRow
+) -> None:
+    folder = session.run.stage_dir(name)
+    write_groups(folder / "eval_groups.jsonl.gz", groups)
+    from searche1.runs import atomic_write_json
+
+    atomic_write_json(
+        folder / "eval.json", {"sampled": result.to_json(), "greedy": greedy.to_json() if greedy else None}
+    )
+    add_stage_row(session.run, row)
+    greedy_text = f", greedy {row.em_greedy:.3f}" if row.em_greedy is not None else ""
+    session.tell(
+        f"{name}: held-out EM {row.em:.3f} at T={row.temperature:g}{greedy_text}, "
+        f"{row.mean_searches:.2f} searches, {row.answered_share:.0%} answered  ({row.seconds:.0f} s)"
+    )
+
+
+def finish(session: Session, model: Path) -> None:
+    """Copy the last model to final/, draw the report, show the table. On rank 0."""
+    final = session.run.final_dir
+    if not final.is_dir():
+        partial = final.with_name("final.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(model, partial)
+        partial.rename(final)
+    set_final_model(session.run)
+    show_table(session)
+    session.tell(f"\nfinal model   {final}  (a HuggingFace folder)")
+
+
+def show_table(session: Session) -> None:
+    """The stages so far, and where the report is. On rank 0."""
+    summary = read_summary(session.run.directory)
+    if not summary.stages:
+        return
+    last = session.run.directory / summary.stages[-1].name / "eval_groups.jsonl.gz"
+    page = write_report(session.run.directory, examples=last if last.is_file() else None)
+    session.console.print()
+    session.console.print(format_table(summary.stages))
+    session.tell(f"\nplot          {session.run.directory / 'curve.png'}\nreport        {page}")

@@ -1,0 +1,283 @@
+"""The GRPO round: Search-R1's recipe with an exact-match reward (paper 3.1, Eqs. 1 and 2).
+
+Shapes: R rows (policy tokens) of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.optimizer import OptimizerSettings
+from searche1.data import load_questions, question_batches
+from searche1.metrics import Phases, rollout_metrics
+from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of
+from searche1.policy import Policy
+from searche1.session import Session
+from searche1.types import Group, Trajectory, UserError
+
+
+def group_advantages(rewards: Sequence[float], *, eps: float) -> list[float]:
+    """Eq. 1 with the unbiased standard deviation: (R - mean) / (std + eps). A group of equal rewards gets zeros.
+
+    A group of one has nothing to compare with; Search-R1 lets its reward through as the advantage.
+    """
+    if len(rewards) == 1:
+        return [rewards[0] / (1 + eps)]
+    mean = statistics.fmean(rewards)
+    std = statistics.stdev(rewards)
+    return [(reward - mean) / (std + eps) for reward in rewards]
+
+
+def grpo_loss(
+    logprobs: Tensor,  # [R], with gradient
+    entropy: Tensor,  # [R], with gradient
+    *,
+    old_logprobs: Tensor,  # [R]
+    ref_logprobs: Tensor,  # [R]
+    advantages: Tensor,  # [R]
+    weights: Tensor,  # [R], sum to one over the mini-batch
+    clip_eps: float,
+    kl_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 2 with a KL term to the reference policy and an entropy bonus; metrics are weighted sums."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    log_ref_ratio = ref_logprobs - logprobs
+    kl = (log_ref_ratio.exp() - log_ref_ratio - 1).clamp(max=10.0)  # k3 estimator; the bound is verl's
+    loss = (weights * (kl_coef * kl - surrogate - entropy_coef * entropy)).sum()
+    with torch.no_grad():
+        is_clipped = ratio * advantages > surrogate
+        metrics = {
+            "loss": loss.detach(),
+            "kl": (weights * kl).sum(),
+            "entropy": (weights * entropy).sum(),
+            "clip_fraction": (weights * is_clipped).sum(),
+            "ratio_mean": (weights * ratio).sum(),
+            "ratio_max": ratio.max() if len(ratio) else ratio.new_zeros(()),
+        }
+    return loss, metrics
+
+
+def learning_rate(step: int, *, lr: float, warmup_ratio: float, num_steps: int) -> float:
+    """Linear warm-up over a share of the round, then constant. `step` counts from 0; step 0 already learns."""
+    warmup = round(warmup_ratio * num_steps)
+    return lr * min(1.0, (step + 1) / warmup) if warmup else lr
+
+
+@dataclass(frozen=True)
+class TrainedSample:
+    """A valid trajectory with the advantage that all its policy tokens share."""
+
+    trajectory: Trajectory
+    sample: Sample
+    advantage: float
+
+
+@dataclass(frozen=True)
+class RowTensors:
+    """Per-row values of one micro-batch, [R] float32 each."""
+
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+    engine_logprobs: Tensor
+
+
+def trained_samples(groups: Sequence[Group], *, advantage_eps: float) -> list[TrainedSample]:
+    """Every trajectory that is the policy's own behaviour, with its group's advantage. Faulty ones leave the group."""
+    samples = []
+    for group in groups:
+        valid = [
+            (trajectory, reward)
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True)
+            if trajectory.status != "error" and trajectory.num_policy_tokens
+        ]
+        if not valid:
+            continue
+        advantages = group_advantages([reward for _, reward in valid], eps=advantage_eps)
+        for (trajectory, _), advantage in zip(valid, advantages, strict=True):
+            samples.append(TrainedSample(trajectory, sample_of(trajectory), advantage))
+    return samples
+
+
+def mini_batches(samples: Sequence[TrainedSample], size: int) -> list[list[TrainedSample]]:
+    """Consecutive mini-batches of `size` sequences; 0 takes all. A short rest joins the last one."""
+    if size <= 0 or size >= len(samples):
+        return [list(samples)]
+    count = len(samples) // size
+    parts = [list(samples[k * size : (k + 1) * size]) for k in range(count)]
+    parts[-1] += samples[count * size :]
+    return parts
+
+
+def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_index: int) -> Path:
+    """Train `grpo.steps` steps from `model_path`; returns the HuggingFace folder of the result. Collective.
+
+    A round that was interrupted continues from its last checkpoint.
+    """
+    config = session.config
+    settings = config.grpo
+    folder = session.run.directory / stage
+    policy = session.policy(
+        model_path,
+        optimizer=OptimizerSettings(
+            lr=settings.lr,
+            betas=settings.adam_betas,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            distributed=config.train.distributed_optimizer,
+        ),
+    )
+    # pi_ref of the KL term is the policy at the start of this round, also when the round is continued.
+    reference = policy.snapshot() if settings.kl_coef else None
+    first_step = resume(session, policy, folder / "checkpoints")
+    questions = load_questions(config.data.train)
+    batches = question_batches(
+        questions,
+        batch_size=settings.prompts_per_step,
+        seed=config.run.seed,
+        round_index=round_index,
+        start=first_step,
+    )
+    for step in range(first_step, settings.steps):
+        phases = Phases()
+        with phases("sync"):
+            session.sync(policy, stage=stage)
+        with phases("rollout"):
+            groups = session.rollout(
+                next(batches),
+                samples=config.rollout.group_size,
+                temperature=config.rollout.temperature,
+                seed=config.run.seed * 1_000_003 + round_index * 10_007 + step,
+                title=f"{stage} step {step + 1}",
+            )
+        with phases("train"):
+            lr = learning_rate(step, lr=settings.lr, warmup_ratio=settings.warmup_ratio, num_steps=settings.steps)
+            updates = grpo_step(policy, reference, groups, config=config, lr=lr)
+        if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+            with phases("checkpoint"):
+                policy.save_checkpoint(folder / "checkpoints" / f"step_{step + 1}", step=step + 1)
+        log_step(session, stage, step, groups, updates, phases)
+    policy.save_hf(folder / "hf")
+    return folder / "hf"
+
+
+def grpo_step(
+    policy: Policy, reference: dict[str, Tensor] | None, groups: Sequence[Group], *, config: Config, lr: float
+) -> list[dict[str, float]]:
+    """All updates of one rollout batch; returns the metrics of each. Collective."""
+    settings, layout = config.grpo, policy.layout
+    temperature = config.rollout.temperature
+    samples = trained_samples(groups, advantage_eps=settings.advantage_eps)
+    if not samples:
+        raise UserError("every trajectory of a rollout batch failed; see the engine and retriever logs")
+    packed = []
+    for part in mini_batches(samples, settings.mini_batch_size):
+        batches = make_batches(
+            [s.sample for s in part],
+            row_weights([s.sample for s in part], settings.loss_norm),
+            max_tokens=config.train.max_tokens,
+            multiple_of=layout.tensor if layout.sequence else 1,
+            rank=layout.data_rank,
+            num_ranks=layout.data,
+        )
+        packed.append((part, batches))
+    # Old and reference logprobs of the whole rollout batch come before the first update.
+    old = [policy.logprobs(batches, temperature=temperature) for _, batches in packed]
+    ref = old
+    if reference is not None:
+        with policy.weights(reference):
+            ref = [policy.logprobs(batches, temperature=temperature) for _, batches in packed]
+
+    updates = []
+    for (part, batches), old_rows, ref_rows in zip(packed, old, ref, strict=True):
+        rows = (
+            [
+                row_tensors(part, batch, old_logprobs=o, ref_logprobs=r)
+                for batch, o, r in zip(batches, old_rows, ref_rows, strict=True)
+            ]
+            if layout.is_last_stage
+            else []
+        )
+
+        def loss(hidden: Tensor, index: int, *, batches=batches, rows=rows) -> tuple[Tensor, dict[str, Tensor]]:
+            batch, row = batches[index], rows[index]
+            new = policy.token_logprobs(hidden, batch.targets, temperature=temperature)
+            weights = batch.weights.to(hidden.device)
+            value, metrics = grpo_loss(
+                new.logprobs,
+                new.entropy,
+                old_logprobs=row.old_logprobs,
+                ref_logprobs=row.ref_logprobs,
+                advantages=row.advantages,
+                weights=weights,
+                clip_eps=settings.clip_eps,
+                kl_coef=settings.kl_coef,
+                entropy_coef=settings.entropy_coef,
+            )
+            gap = (row.old_logprobs - row.engine_logprobs).abs()
+            return value, {**metrics, "engine_gap": (weights * gap).sum()}
+
+        updates.append(policy.train_step(batches, loss, lr=lr))
+    return updates
+
+
+def row_tensors(
+    part: Sequence[TrainedSample], batch: PackedBatch, *, old_logprobs: Tensor, ref_logprobs: Tensor
+) -> RowTensors:
+    """Line up what the loss needs with the rows of a micro-batch."""
+    device = old_logprobs.device
+    owners = batch.sample_of_row.tolist()
+    advantages = torch.tensor([part[owner].advantage for owner in owners], device=device)
+    engine = [x for owner in dict.fromkeys(owners) for x in part[owner].trajectory.engine_logprobs]
+    return RowTensors(
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        advantages=advantages,
+        engine_logprobs=torch.tensor(engine, device=device),
+    )
+
+
+def resume(session: Session, policy: Policy, checkpoints: Path) -> int:
+    """The step to start at: 0, or behind the last whole checkpoint, which is then loaded. Collective."""
+
+    def last() -> Path | None:
+        found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+    newest = session.from_writer(last)
+    if newest is None:
+        return 0
+    step = policy.load_checkpoint(newest)
+    session.tell(f"continuing from {newest.name}")
+    return step
+
+
+def log_step(
+    session: Session,
+    stage: str,
+    step: int,
+    groups: Sequence[Group],
+    updates: Sequence[dict[str, float]],
+    phases: Phases,
+) -> None:
+    """One line on the screen and one record: rollout statistics, the mean over the step's updates, phase times."""
+    if session.metrics is None:
+        return
+    rollouts = rollout_metrics(groups)
+    values = rollouts | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
+    values["num_updates"] = float(len(updates))
+    values["ratio_max"] = max(u["ratio_max"] for u in updates)
+    values["tokens_per_s"] = rollouts.get("policy_tokens", 0.0) / max(phases.seconds["rollout"], 1e-9)
+    session.metrics.log(
+        stage=stage, step=step + 1, num_steps=session.config.grpo.steps, values=values, seconds=phases.seconds
+    )

@@ -1,0 +1,407 @@
+"""The on-policy self-distillation round (paper 3.2): pool, pairs, privileged prompts, clipped forward KL, merge.
+
+Shapes: R rows (policy tokens of the student trajectory) of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from megatron_ext.lora import LoraSettings
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.vocab_parallel import ClippedKL
+from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
+from searche1.data import load_questions, read_groups, shuffled, write_groups
+from searche1.evaluate import summarize
+from searche1.metrics import Phases
+from searche1.packing import Sample, make_pair_batches, row_weights, sample_of
+from searche1.policy import Policy
+from searche1.prompts import teacher_prompt
+from searche1.rollout.sampler import Start
+from searche1.runs import atomic_write_json, atomic_write_text
+from searche1.session import Session
+from searche1.types import Group, Question, Trajectory, UserError
+
+# -- pairs (paper 3.2, "Pair mining") -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question's reference (cheapest correct) and student (most different sibling)."""
+
+    question: Question
+    reference: Trajectory
+    student: Trajectory
+    student_reward: float
+    distance: float  # normalised Levenshtein distance of the two texts
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """Why a question gave its pair or none: the audit line in pairs.jsonl. Indices are within the group."""
+
+    question: str
+    outcome: str  # "pair", or why there is none
+    rewards: tuple[float, ...]
+    num_searches: tuple[int, ...]
+    reference: int | None = None
+    student: int | None = None
+    distance: float | None = None
+
+
+def mine_pair(group: Group, settings: PairsConfig) -> tuple[Pair | None, PairRecord]:
+    """The reference is the correct trajectory with the fewest searches, then the shortest, then the first.
+
+    The student is the wrong trajectory most different from it, or, if none is wrong, the most different correct one.
+    Trajectories with an engine or retriever fault are no behaviour of the policy and are not considered.
+    """
+    valid = [k for k, trajectory in enumerate(group.trajectories) if trajectory.status != "error"]
+
+    def record(outcome: str, **found: Any) -> PairRecord:
+        return PairRecord(
+            question=group.question.key,
+            outcome=outcome,
+            rewards=group.rewards,
+            num_searches=tuple(t.num_searches for t in group.trajectories),
+            **found,
+        )
+
+    correct = [
+        k for k in valid if group.rewards[k] == 1.0 and group.trajectories[k].num_searches >= settings.min_ref_searches
+    ]
+    if not correct:
+        return None, record("no correct trajectory")
+    reference = min(
+        correct, key=lambda k: (group.trajectories[k].num_searches, len(group.trajectories[k].response_ids), k)
+    )
+    siblings = [k for k in valid if k != reference and group.trajectories[k].num_policy_tokens]
+    wrong = [k for k in siblings if group.rewards[k] == 0.0]
+    candidates = wrong or [k for k in siblings if group.rewards[k] == 1.0]
+    if not candidates:
+        return None, record("no sibling", reference=reference)
+    text = [compared_text(trajectory, settings.text) for trajectory in group.trajectories]
+    distances = {k: Levenshtein.normalized_distance(text[reference], text[k]) for k in candidates}
+    student = min(candidates, key=lambda k: (-distances[k], k))
+    found = {"reference": reference, "student": student, "distance": distances[student]}
+    if distances[student] == 0.0:
+        return None, record("student equals reference", **found)
+    pair = Pair(
+        question=group.question,
+        reference=group.trajectories[reference],
+        student=group.trajectories[student],
+        student_reward=group.rewards[student],
+        distance=distances[student],
+    )
+    return pair, record("pair", **found)
+
+
+def compared_text(trajectory: Trajectory, which: str) -> str:
+    """The text whose characters are compared: the "full" response or what the "policy" wrote."""
+    if which not in ("full", "policy"):
+        raise UserError(f"pairs.text must be full or policy, got {which!r}")
+    return trajectory.text if which == "full" else trajectory.policy_text
+
+
+# -- the loss (Eq. 7) -----------------------------------------------------------------------------
+
+
+def opsd_loss(kl: ClippedKL, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum over rows [R] of the clipped forward KL; with sequence_mean weights it is Eq. 7's mean."""
+    loss = (weights * kl.loss).sum()
+    metrics = {
+        "loss": loss.detach(),
+        "kl": (weights * kl.kl).sum(),
+        "clip_fraction": (weights * kl.clip_fraction).sum(),
+    }
+    return loss, metrics
+
+
+@dataclass(frozen=True)
+class TrainedPair:
+    """A pair as two samples over the same response ids: P_S(q) and P_T(q, tau_ref) in front of tau_stu."""
+
+    student: Sample
+    teacher: Sample
+
+
+def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, lr: float) -> dict[str, float]:
+    """One update: teacher rows with the adapter off, then the student pass on the same rows. Collective."""
+    settings, train, layout = config.opsd, config.train, policy.layout
+    students = [pair.student for pair in pairs]
+    batches = make_pair_batches(
+        students,
+        [pair.teacher for pair in pairs],
+        row_weights(students, settings.loss_norm),
+        max_tokens=max(train.max_tokens, settings.max_teacher_tokens),
+        multiple_of=layout.tensor if layout.sequence else 1,
+        rank=layout.data_rank,
+        num_ranks=layout.data,
+    )
+    with policy.adapter_disabled():  # Eq. 6: the frozen weights, no gradient
+        teacher_rows = policy.hidden_rows([teacher for _, teacher in batches])
+
+    def loss(hidden: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        kl = policy.clipped_kl(hidden, teacher_rows[index], kl_clip=settings.kl_clip, temperature=settings.temperature)
+        return opsd_loss(kl, batches[index][0].weights.to(hidden.device))
+
+    return policy.train_step([student for student, _ in batches], loss, lr=lr)
+
+
+# -- the round ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """EM of wrong trajectories cut at a turn boundary and continued under both prompts."""
+
+    num_starts: int
+    teacher_em: float
+    student_em: float
+
+    @property
+    def gap(self) -> float:
+        return self.teacher_em - self.student_em
+
+
+def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_index: int) -> Path:
+    """Distil from `model_path` and merge the best adapter; returns the HuggingFace folder. Collective."""
+    config = session.config
+    settings = config.opsd
+    folder = session.run.directory / stage
+    policy = session.policy(
+        model_path,
+        optimizer=OptimizerSettings(
+            lr=settings.lr,
+            betas=(0.9, 0.999),
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            distributed=config.train.distributed_optimizer,
+        ),
+        lora=LoraSettings(rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.run.seed + round_index),
+    )
+    session.sync(policy, stage=stage)
+    num_pairs_wanted = settings.max_steps * settings.pairs_per_step
+    groups, pairs = collect_pairs(
+        session, folder, round_index=round_index, num_pairs_wanted=num_pairs_wanted, stage=stage
+    )
+    check = teacher_check(session, groups, pairs, round_index=round_index)
+    if session.layout.is_writer and check is not None:
+        atomic_write_json(folder / "teacher_check.json", {**asdict(check), "gap": check.gap})
+    trained = session.from_writer(lambda: trained_pairs(session, pairs))
+    best = train_adapter(session, policy, trained, stage=stage, round_index=round_index)
+    policy.restore(best)
+    policy.save_adapter(folder / "adapter")
+    policy.save_hf(folder / "hf")
+    return folder / "hf"
+
+
+def collect_pairs(
+    session: Session, folder: Path, *, round_index: int, num_pairs_wanted: int, stage: str
+) -> tuple[list[Group], list[Pair]]:
+    """Roll out training questions, K each, until the pairs suffice; restartable piece by piece. Collective."""
+    config = session.config
+    pool: PoolConfig = config.pool
+    order = shuffled(load_questions(config.data.train), seed=config.run.seed, round_index=1000 + round_index)
+    if pool.max_questions:
+        order = order[: pool.max_questions]
+    groups: list[Group] = []
+    pairs: list[Pair] = []
+    records: list[PairRecord] = []
+    for number, start in enumerate(range(0, len(order), pool.chunk_questions)):
+        if len(pairs) >= num_pairs_wanted and not pool.max_questions:
+            break
+        piece = folder / "pool" / f"groups_{number:05d}.jsonl.gz"
+        questions = order[start : start + pool.chunk_questions]
+        if session.from_writer(piece.is_file):
+            found = session.from_writer(lambda piece=piece: read_groups(piece))
+        else:
+            found = session.rollout(
+                questions,
+                samples=pool.rollouts_per_question,
+                temperature=config.rollout.temperature,
+                seed=config.run.seed * 1_000_003 + (500 + round_index) * 10_007 + number,
+                title=f"{stage} pool {start + len(questions)}/{len(order)} questions",
+            )
+            if session.layout.is_writer:
+                write_groups(piece, found)
+        groups += found
+        for group in found:
+            pair, record = mine_pair(group, config.pairs)
+            records.append(record)
+            if pair is not None:
+                pairs.append(pair)
+    if session.layout.is_writer:
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        atomic_write_text(folder / "pairs.jsonl", lines)
+    if not pairs:
+        raise UserError(
+            f"no pair could be mined from {len(groups)} questions (see {folder / 'pairs.jsonl'}); "
+            "the policy answers nothing or always the same: train GRPO longer or raise pool.rollouts_per_question"
+        )
+    num_wrong = sum(pair.student_reward == 0.0 for pair in pairs)
+    session.tell(
+        f"{stage}: {len(pairs)} pairs from {len(groups)} questions x {pool.rollouts_per_question} rollouts; "
+        f"{num_wrong} wrong students, references search {_mean(p.reference.num_searches for p in pairs):.2f} times, "
+        f"students {_mean(p.student.num_searches for p in pairs):.2f}"
+    )
+    return groups, pairs
+
+
+def trained_pairs(session: Session, pairs: Sequence[Pair]) -> list[TrainedPair]:
+    """Both prompts of every pair. A teacher sequence that is too long drops its pair: cutting would misalign rows."""
+    limit = session.config.opsd.max_teacher_tokens
+    kept = []
+    for pair in pairs:
+        text = teacher_prompt(pair.question.text, pair.reference.text, session.config.prompt)
+        teacher = sample_of(pair.student, session.encode(text))
+        if teacher.num_inputs <= limit:
+            kept.append(TrainedPair(student=sample_of(pair.student), teacher=teacher))
+    if len(kept) < len(pairs):
+        session.tell(f"  {len(pairs) - len(kept)} pairs dropped: longer than opsd.max_teacher_tokens={limit}")
+    if not kept:
+        raise UserError(f"no pair fits opsd.max_teacher_tokens={limit}; raise it")
+    return kept
+
+
+def train_adapter(
+    session: Session, policy: Policy, pairs: Sequence[TrainedPair], *, stage: str, round_index: int
+) -> dict[str, Tensor]:
+    """Train, validate every few updates, and return the adapter with the best validation EM. Collective.
+
+    The fresh adapter (step 0) is a candidate; ties keep the earlier one.
+    """
+    settings = session.config.opsd
+    order = batch_order(len(pairs), settings, seed=session.config.run.seed + round_index)
+    best_em, best_step = validation_em(session, stage=stage, step=0), 0
+    session.tell(f"{stage} step 0/{len(order)}  validation EM {best_em:.3f} (adapter off)")
+    best = policy.snapshot()
+    for step, members in enumerate(order, start=1):
+        phases = Phases()
+        with phases("train"):
+            lr = decayed(settings.lr, settings.lr_decay, step=step - 1, num_steps=len(order))
+            metrics = opsd_step(policy, [pairs[k] for k in members], config=session.config, lr=lr)
+        if step % settings.validate_every == 0 or step == len(order):
+            with phases("sync"):
+                session.sync(policy, stage=stage)
+            with phases("validate"):
+                metrics["validation_em"] = validation_em(session, stage=stage, step=step)
+            if metrics["validation_em"] > best_em:
+                best_em, best_step, best = metrics["validation_em"], step, policy.snapshot()
+            session.tell(f"{stage} step {step}/{len(order)}  validation EM {metrics['validation_em']:.3f}")
+        if session.metrics is not None:
+            session.metrics.log(stage=stage, step=step, num_steps=len(order), values=metrics, seconds=phases.seconds)
+    kept = f"the adapter of step {best_step}" if best_step else "step 0: no adapter improved on the GRPO policy"
+    session.tell(f"{stage}: best validation EM {best_em:.3f}; merging {kept}")
+    return best
+
+
+def batch_order(num_pairs: int, settings: OPSDConfig, *, seed: int) -> list[list[int]]:
+    """Pair indices of every update: shuffled anew each epoch, at most `epochs` passes and `max_steps` updates."""
+    generator = random.Random(seed)
+    size = min(settings.pairs_per_step, num_pairs)
+    batches: list[list[int]] = []
+    for _ in range(settings.epochs):
+        order = list(range(num_pairs))
+        generator.shuffle(order)
+        batches += [order[k : k + size] for k in range(0, num_pairs - size + 1, size)]
+    return batches[: settings.max_steps]
+
+
+def decayed(lr: float, kind: str, *, step: int, num_steps: int) -> float:
+    """The learning rate of update `step` (from 0): constant, or linear to zero behind the last one."""
+    if kind not in ("constant", "linear"):
+        raise UserError(f"opsd.lr_decay must be constant or linear, got {kind!r}")
+    return lr if kind == "constant" else lr * (1 - step / num_steps)
+
+
+def validation_em(session: Session, *, stage: str, step: int) -> float:
+    """EM on the validation questions, with the weights of the last sync. Collective."""
+    config = session.config
+    groups = session.rollout(
+        load_questions(config.data.validation),
+        samples=config.eval.validation_samples,
+        temperature=config.eval.validation_temperature,
+        seed=config.run.seed * 1_000_003 + 900_001,  # the same draws for every candidate
+        title=f"{stage} validation at step {step}",
+    )
+    return summarize(groups).macro_em
+
+
+# -- the teacher check ----------------------------------------------------------------------------
+
+
+def teacher_check(
+    session: Session, groups: Sequence[Group], pairs: Sequence[Pair], *, round_index: int
+) -> TeacherCheck | None:
+    """Can the teacher still rescue wrong trajectories? Collective; None when it is switched off.
+
+    Wrong students are cut at a turn boundary and continued at temperature 1 under both prompts. A teacher that does
+    no better than the student at the student's own positions has nothing to teach.
+    """
+    limit = session.config.opsd.teacher_check_questions
+    wrong = [pair for pair in pairs if pair.student_reward == 0.0][:limit]
+    if not limit or not wrong:
+        return None
+    generator = random.Random(session.config.run.seed + round_index)
+    cuts = [random_cut(pair.student, generator) for pair in wrong]
+
+    def starts(with_reference: bool) -> list[Start]:
+        prompt = session.config.prompt
+        return [
+            Start(
+                question=pair.question,
+                prompt_ids=session.encode(teacher_prompt(pair.question.text, pair.reference.text, prompt))
+                if with_reference
+                else pair.student.prompt_ids,
+                spans=pair.student.spans[:cut],
+            )
+            for pair, cut in zip(wrong, cuts, strict=True)
+        ]
+
+    ems = []
+    for with_reference in (True, False):
+        continued = session.continue_trajectories(
+            session.from_writer(lambda with_reference=with_reference: starts(with_reference)),
+            samples=1,
+            temperature=1.0,
+            seed=session.config.run.seed * 1_000_003 + 950_001 + round_index,
+            title="teacher check",
+        )
+        rewards = [
+            reward
+            for group in continued
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True)
+            if trajectory.status != "error"
+        ]
+        ems.append(_mean(rewards))
+    check = TeacherCheck(num_starts=len(wrong), teacher_em=ems[0], student_em=ems[1])
+    verdict = (
+        "the teacher has something to teach"
+        if check.gap >= 0.15
+        else ("a small gap: this round may not help" if check.gap > 0.05 else "no gap: this round can hardly help")
+    )
+    session.tell(
+        f"teacher check: {check.num_starts} wrong trajectories continued with the reference reach EM "
+        f"{check.teacher_em:.3f}, without it {check.student_em:.3f} ({verdict})"
+    )
+    return check
+
+
+def random_cut(trajectory: Trajectory, generator: random.Random) -> int:
+    """A number of leading spans to keep: none, or up to the end of one of the observations."""
+    ends = [0] + [k + 1 for k, span in enumerate(trajectory.spans) if span.kind == "information"]
+    return generator.choice(ends)
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else 0.0

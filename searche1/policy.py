@@ -1,0 +1,263 @@
+"""The trainable policy: a sharded Megatron model with its optimizer, as the algorithms see it.
+
+Every method marked "collective" must be called on all ranks with the same arguments (each data-parallel rank with
+its own batches). Row tensors come back on the last pipeline stage only; other stages get empty lists.
+Shapes: R rows of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
+from megatron_ext.hf_io import gather_shards, hf_tensors, load_hf_weights, save_hf, walk_stages
+from megatron_ext.hf_mapping import model_shape
+from megatron_ext.lora import (
+    Adapter,
+    LoraSettings,
+    adapter_tensors,
+    adapters,
+    adapters_disabled,
+    attach_adapters,
+    write_peft_folder,
+)
+from megatron_ext.model import ModelSettings, build_model, vocab_shard
+from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
+from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
+from megatron_ext.training import run_schedule, wrap_data_parallel
+from megatron_ext.vocab_parallel import ClippedKL, TokenLogprobs, linear_clipped_kl, linear_token_logprobs
+from searche1.config import TrainConfig
+from searche1.packing import PackedBatch
+from searche1.types import UserError
+
+# (hidden states of the rows [R, H], micro-batch number) -> (loss, metrics). Metrics are sums over rows of
+# weighted values, so they add up over micro-batches and ranks; names ending in "_max" take the maximum.
+LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+def resolve_model(path: str) -> Path:
+    """The local folder of a HuggingFace model; a hub id is downloaded on first use. Raises UserError."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"model.path={path!r} is neither a folder nor a model that can be downloaded ({type(error).__name__}); "
+            "give an existing HuggingFace folder, or check the name and the network"
+        ) from error
+
+
+def train_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs and float32 on CPUs unless told."""
+    names = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }
+    if train.dtype not in names:
+        raise UserError(f"train.dtype must be one of {sorted(names)}, got {train.dtype!r}")
+    return names[train.dtype]
+
+
+class Policy:
+    """Weights, adapters and optimizer state that live through a round."""
+
+    def __init__(
+        self,
+        *,
+        model_path: Path,
+        layout: Layout,
+        train: TrainConfig,
+        optimizer: OptimizerSettings | None,
+        lora: LoraSettings | None = None,
+    ) -> None:
+        """Collective. Raises UserError if the checkpoint or the layout does not fit."""
+        from transformers import AutoConfig
+
+        self.layout = layout
+        self.model_path = model_path
+        self.version = 0  # counts updates; every completion carries the version that sampled it
+        self._chunk = train.logits_chunk
+        self.dtype = train_dtype(train, layout.device)
+        try:
+            self.shape = model_shape(AutoConfig.from_pretrained(model_path))
+            self._model = build_model(self.shape, ModelSettings(self.dtype, train.recompute), layout)
+            load_hf_weights(self._model, model_path, self.shape, layout)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if lora is not None:
+            attach_adapters(self._model, self.shape, lora, layout)
+        self._lora = lora
+        self._shard = vocab_shard(self.shape, layout)
+        self._ddp = None
+        if optimizer is not None:
+            self._ddp = wrap_data_parallel(self._model, distributed_optimizer=optimizer.distributed)
+            self._optimizer = build_optimizer(self._ddp, optimizer, self.dtype)
+
+    # -- what a loss is made of -------------------------------------------------------------------
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float) -> TokenLogprobs:
+        """log p(target) and entropy of rows [R, H]; on the last stage."""
+        weight = self._model.head_weight()
+        targets = targets.to(hidden.device)
+        return linear_token_logprobs(hidden, weight, targets, self._shard, temperature=temperature, chunk=self._chunk)
+
+    def clipped_kl(self, student: Tensor, teacher: Tensor, *, kl_clip: float, temperature: float) -> ClippedKL:
+        """Eq. 7's inner sum for rows [R, H] of student and teacher; on the last stage."""
+        weight = self._model.head_weight()
+        return linear_clipped_kl(
+            student, teacher, weight, self._shard, kl_clip=kl_clip, temperature=temperature, chunk=self._chunk
+        )
+
+    # -- passes -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[PackedBatch], *, temperature: float) -> list[Tensor]:
+        """log p of every row's target, float32 [R] per micro-batch. Collective."""
+
+        def rows(hidden: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            found = self.token_logprobs(hidden, batches[index].targets, temperature=temperature).logprobs
+            return hidden.new_zeros(()), found
+
+        return self._forward(batches, rows)
+
+    @torch.no_grad()
+    def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Hidden states of the rows, [R, H] per micro-batch, for a head that is applied later. Collective."""
+        return self._forward(batches, lambda hidden, index: (hidden.new_zeros(()), hidden))
+
+    def _forward(
+        self, batches: Sequence[PackedBatch], rows: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        self._model.eval()
+        return run_schedule(self._model, [b.inputs for b in batches], rows, self.layout, forward_only=True)
+
+    def by_sample(
+        self, batches: Sequence[PackedBatch], rows: Sequence[Tensor], *, num_samples: int
+    ) -> list[list[float]]:
+        """Row values of this rank's micro-batches, sorted by the sample they belong to, on every stage. Collective."""
+        values: list[list[float]] = [[] for _ in range(num_samples)]
+        for batch, found in zip(batches, rows, strict=self.layout.is_last_stage):
+            for owner, value in zip(batch.sample_of_row.tolist(), found.tolist(), strict=True):
+                values[owner].append(value)
+        if self.layout.pipeline > 1:
+            outcome = [values]
+            dist.broadcast_object_list(outcome, src=pipeline_last_rank(), group=pipeline_group())
+            values = outcome[0]
+        return values
+
+    def train_step(self, batches: Sequence[PackedBatch], loss: LossFunction, *, lr: float) -> dict[str, float]:
+        """One optimizer update on a mini-batch; returns its metrics on every rank. Collective.
+
+        `grad_norm` and `is_skipped` (1 when a gradient was not finite and weights stayed) are added.
+        """
+        assert self._ddp is not None, "this policy was built without an optimizer"
+        self._model.train()
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        kept = run_schedule(self._ddp, [b.inputs for b in batches], loss, self.layout, forward_only=False)
+        update = apply_update(self._optimizer, lr=lr)
+        self.version += 1
+        metrics = self._reduce_metrics(kept)
+        return {**metrics, "grad_norm": update.grad_norm, "is_skipped": float(not update.is_applied), "lr": lr}
+
+    def _reduce_metrics(self, kept: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum (or maximum) over micro-batches and data-parallel ranks, then from the last stage to all."""
+        metrics: list[dict[str, float] | None] = [None]
+        if self.layout.is_last_stage:
+            sums = [name for name in kept[0] if not name.endswith("_max")]
+            maxima = [name for name in kept[0] if name.endswith("_max")]
+            total = torch.stack([torch.stack([k[name].float() for name in sums]) for k in kept]).sum(dim=0)
+            dist.all_reduce(total, group=data_parallel_group())
+            values = dict(zip(sums, total.tolist(), strict=True))
+            if maxima:
+                top = torch.stack([torch.stack([k[name].float() for name in maxima]) for k in kept]).amax(dim=0)
+                dist.all_reduce(top, op=dist.ReduceOp.MAX, group=data_parallel_group())
+                values.update(zip(maxima, top.tolist(), strict=True))
+            metrics = [values]
+        if self.layout.pipeline > 1:
+            dist.broadcast_object_list(metrics, src=pipeline_last_rank(), group=pipeline_group())
+        assert metrics[0] is not None
+        return metrics[0]
+
+    # -- other weights in the same model ----------------------------------------------------------
+
+    def adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """The frozen base of Eq. 6: the same weights without the adapter."""
+        return adapters_disabled(self._model)
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of this rank's trainable weights in host memory."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Put a snapshot back. Optimizer state is left alone: use it to end a round, not to rewind one."""
+        for name, parameter in self._model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def weights(self, other: dict[str, Tensor]) -> Iterator[None]:
+        """The model with another snapshot's weights, for the reference policy of GRPO's KL term."""
+        own = self.snapshot()
+        self.restore(other)
+        try:
+            yield
+        finally:
+            self.restore(own)
+
+    # -- out of the trainer -----------------------------------------------------------------------
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """HuggingFace-named whole tensors, adapters merged in float32, on rank 0. Collective: exhaust it."""
+        return hf_tensors(self._model, self.shape, self.layout)
+
+    def save_hf(self, folder: Path) -> None:
+        """A HuggingFace folder with merged weights and this model's config and tokenizer. Collective."""
+        if self.layout.is_writer:
+            save_hf(self.hf_weights(), out=folder, config_from=self.model_path)
+        else:
+            for _ in self.hf_weights():
+                pass
+        dist.barrier()
+
+    def save_adapter(self, folder: Path) -> None:
+        """The adapter in PEFT's format. Collective."""
+        assert self._lora is not None
+
+        def export() -> Iterator[tuple[str, Tensor]]:
+            for adapter in adapters(self._model):
+                yield from self._peft_tensors(adapter)
+
+        tensors = dict(walk_stages(export, self.layout))
+        if self.layout.is_writer:
+            write_peft_folder(folder, tensors, self._lora, base_model=str(self.model_path))
+        dist.barrier()
+
+    def _peft_tensors(self, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+        for name, local, dim in adapter_tensors(adapter):
+            yield name, local if dim is None else torch.cat(gather_shards(local, self.layout), dim=dim)
+
+    def save_checkpoint(self, folder: Path, *, step: int) -> None:
+        """Megatron dist_checkpoint of weights and optimizer, readable in any layout. Collective."""
+        assert self._ddp is not None
+        save_checkpoint(self._ddp, self._optimizer, folder, state={"step": step, "version": self.version})
+
+    def load_checkpoint(self, folder: Path) -> int:
+        """Returns the step that was saved. Collective."""
+        assert self._ddp is not None
+        state = load_checkpoint(self._ddp, self._optimizer, folder)
+        self.version = state["version"]
+        return state["step"]

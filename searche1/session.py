@@ -1,0 +1,322 @@
+"""What lives through a run on this rank: process groups, engines, retriever, sampler, metrics.
+
+Engines and the retriever are servers that rank 0 starts and drives; every method marked "collective" runs on all
+ranks, and what rank 0 found out is the same on all of them afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from megatron_ext.lora import LoraSettings
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.parallel import close_parallel, init_parallel
+from searche1.config import Config
+from searche1.metrics import MetricsLog
+from searche1.packing import Sample, make_batches, row_weights
+from searche1.policy import Policy, resolve_model, train_dtype
+from searche1.prompts import encode_prompt, student_prompt
+from searche1.retrieval.client import RetrieverClient
+from searche1.retrieval.server import launch_retriever
+from searche1.rollout.engine import Engine, launch_engine
+from searche1.rollout.sampler import Sampler, Start
+from searche1.runs import Run, open_run
+from searche1.types import Group, Question, UserError
+
+T = TypeVar("T")
+
+PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
+
+
+def choose_device(wanted: str) -> str:
+    """cpu or cuda. Raises UserError when a GPU is asked for and none is there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"run.device must be auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda but torch sees no GPU; use run.device=cpu, or run `searche1 doctor`")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+class Session:
+    """Open with `open_session`, which also closes what it started."""
+
+    def __init__(self, config: Config, run: Run, stack: contextlib.ExitStack) -> None:
+        self.config = config
+        self.run = run
+        self.console = Console(stderr=False, highlight=False)
+        device = choose_device(config.run.device)
+        parallel = config.parallel
+        try:
+            self.layout = init_parallel(
+                tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, device=device
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        stack.callback(close_parallel)
+        self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
+        self._engines: list[Engine] = []
+        self._sampler: Sampler | None = None
+        self._teacher_sampler: Sampler | None = None
+        self._probe_ids: list[tuple[int, ...]] = []
+        self.metrics: MetricsLog | None = None
+        self.from_writer(lambda: self._start_servers(stack))
+
+    def _start_servers(self, stack: contextlib.ExitStack) -> None:
+        from transformers import AutoTokenizer
+
+        config, layout = self.config, self.layout
+        self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.run.metrics_path, console=self.console)))
+        tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        self._tokenizer = tokenizer
+        url = config.retriever.url
+        if not url:
+            started = time.monotonic()
+            server = launch_retriever(
+                corpus=config.retriever.corpus,
+                index=config.retriever.index,
+                topk=config.retriever.topk,
+                port=config.retriever.port,
+                log_path=self.run.directory / "logs" / "retriever.log",
+                device="cpu",
+                start_timeout_s=config.engine.start_timeout_s,
+            )
+            stack.callback(server.stop)
+            url = server.url
+            self.tell(f"retriever ready at {url} ({time.monotonic() - started:.0f} s)")
+        longest = max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
+        started = time.monotonic()
+        for number in range(config.engine.count):
+            engine = launch_engine(
+                model_path=self.model_path,
+                device=layout.device.type,
+                dtype=str(train_dtype(config.train, layout.device)).removeprefix("torch."),
+                tensor=config.engine.tensor,
+                port=config.engine.port + number if config.engine.port else 0,
+                seed=config.run.seed + number,
+                mem_fraction=config.engine.mem_fraction,
+                max_total_tokens=config.engine.max_total_tokens,
+                max_running=config.engine.max_running,
+                context_length=longest + config.rollout.max_response_tokens,
+                attention_backend=config.engine.attention_backend,
+                log_path=self.run.directory / "logs" / f"engine{number}.log",
+                start_timeout_s=config.engine.start_timeout_s,
+            )
+            stack.callback(engine.stop)
+            self._engines.append(engine)
+        self.tell(f"{len(self._engines)} SGLang engine(s) ready ({time.monotonic() - started:.0f} s)")
+        retriever = RetrieverClient(
+            url=url,
+            topk=config.retriever.topk,
+            timeout_s=config.retriever.timeout_s,
+            retries=config.retriever.retries,
+        )
+
+        def sampler(rollout):  # type: ignore[no-untyped-def]
+            return Sampler(
+                engines=self._engines,
+                retriever=retriever,
+                tokenizer=tokenizer,
+                rollout=rollout,
+                prompt=config.prompt,
+            )
+
+        self._sampler = sampler(config.rollout)
+        # The teacher's prompt holds a whole trajectory: the student's caps would cut it.
+        self._teacher_sampler = sampler(replace(config.rollout, max_start_tokens=longest, max_context_tokens=longest))
+
+    # -- talking ----------------------------------------------------------------------------------
+
+    def tell(self, message: str) -> None:
+        """One line to the person watching, from rank 0."""
+        if self.layout.is_writer:
+            self.console.print(message, markup=False, soft_wrap=True)
+
+    def from_writer(self, function: Callable[[], T]) -> T:
+        """The result of `function` on rank 0, on every rank. Collective. Its UserError is raised on every rank."""
+        outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
+        if self.layout.is_writer:
+            try:
+                outcome = [(function(), None)]
+            except UserError as error:
+                outcome = [(None, error)]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        value, problem = outcome[0]
+        if problem is not None:
+            raise UserError(str(problem)) from problem
+        return value  # type: ignore[return-value]
+
+    # -- policies and engines ---------------------------------------------------------------------
+
+    def policy(
+        self, model_path: Path, *, optimizer: OptimizerSettings | None, lora: LoraSettings | None = None
+    ) -> Policy:
+        """A policy from a HuggingFace folder in this run's layout. Collective."""
+        return Policy(
+            model_path=model_path, layout=self.layout, train=self.config.train, optimizer=optimizer, lora=lora
+        )
+
+    def sync(self, policy: Policy, *, stage: str) -> None:
+        """Put the policy's merged weights into every engine and prove it. Collective.
+
+        Raises UserError if engine and trainer logprobs then differ beyond tolerance.
+        """
+        version = f"{stage}:{policy.version}"
+        weights = policy.hf_weights()
+        if self.layout.is_writer:
+            self._load_engines(buckets(weights, self.config.engine.sync_bucket_mb << 20), version=version)
+        else:
+            for _ in weights:
+                pass
+        self._probe(policy)
+
+    def _load_engines(self, weights: Iterator[list[tuple[str, Tensor]]], *, version: str) -> None:
+        if len(self._engines) == 1:
+            self._engines[0].load_weights(weights, version=version)
+            return
+        kept = list(weights)
+        for engine in self._engines:
+            engine.load_weights(kept, version=version)
+
+    def _probe(self, policy: Policy) -> None:
+        """Compare logprobs of a few sequences between engines and trainer: a silent sync fault trains on garbage."""
+        ids = self.from_writer(lambda: self._probe_ids)
+        if not ids:
+            return
+        samples = [Sample(x[:1], x[1:], (True,) * (len(x) - 1)) for x in ids]
+        batches = make_batches(
+            samples,
+            row_weights(samples, "token_mean"),
+            max_tokens=max(self.config.train.max_tokens, *(s.num_inputs for s in samples)),
+            multiple_of=self.layout.tensor if self.layout.sequence else 1,
+            rank=0,
+            num_ranks=1,
+        )
+        trainer = policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
+
+        def compare() -> None:
+            tolerance = self.config.train.sync_tolerance or (1e-4 if policy.dtype == torch.float32 else 0.05)
+            for number, engine in enumerate(self._engines):
+                for trainer_row, engine_row in zip(trainer, engine.logprobs([list(x) for x in ids]), strict=True):
+                    gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
+                    if not gap <= tolerance:  # NaN too
+                        raise UserError(
+                            f"after the weight sync engine {number} and the trainer differ by {gap:.2e} per logprob, "
+                            f"more than {tolerance:.0e}; the weights did not arrive whole. "
+                            f"See logs/engine{number}.log; train.sync_tolerance changes the limit"
+                        )
+
+        self.from_writer(compare)
+
+    # -- rollouts ---------------------------------------------------------------------------------
+
+    def rollout(
+        self, questions: Sequence[Question], *, samples: int, temperature: float, seed: int, title: str
+    ) -> list[Group]:
+        """`samples` scored trajectories per question, from the weights of the last sync. Collective."""
+
+        def run() -> list[Group]:
+            assert self._sampler is not None
+            with progress_line(self.console, title) as progress:
+                return self._sampler.groups(
+                    questions, samples=samples, temperature=temperature, seed=seed, progress=progress
+                )
+
+        groups = self.from_writer(run)
+        self._remember_for_probe(groups)
+        return groups
+
+    def continue_trajectories(
+        self, starts: Sequence[Start], *, samples: int, temperature: float, seed: int, title: str
+    ) -> list[Group]:
+        """Trajectories continued from given prompts and spans, which may hold a reference. Collective."""
+
+        def run() -> list[Group]:
+            assert self._teacher_sampler is not None
+            with progress_line(self.console, title) as progress:
+                return self._teacher_sampler.sample(
+                    starts, samples=samples, temperature=temperature, seed=seed, progress=progress
+                )
+
+        return self.from_writer(run)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a user message. On rank 0 only."""
+        return encode_prompt(text, self._tokenizer)
+
+    def student_prompt(self, question: Question) -> tuple[int, ...]:
+        """P_S(q) of Eq. 3 as token ids. On rank 0 only."""
+        return self.encode(student_prompt(question.text, self.config.prompt))
+
+    def _remember_for_probe(self, groups: Sequence[Group]) -> None:
+        found = (
+            trajectory.prompt_ids + trajectory.response_ids
+            for group in groups
+            for trajectory in group.trajectories
+            if trajectory.status != "error"
+        )
+        self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
+
+
+@contextlib.contextmanager
+def progress_line(console: Console, title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A line that says how far a long rollout is; rewritten in place on a terminal, every 10 s elsewhere."""
+    started = last = time.monotonic()
+    is_terminal = console.is_terminal
+
+    def progress(done: int, total: int, mean_reward: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (0.5 if is_terminal else 10.0):
+            return
+        last = now
+        line = f"  {title}: {done}/{total} trajectories  EM {mean_reward:.3f}  {now - started:.0f} s"
+        if is_terminal:
+            sys.stdout.write(f"\r{line}\033[K")
+            sys.stdout.flush()
+        else:
+            console.print(line, markup=False)
+
+    yield progress
+    if is_terminal:
+        sys.stdout.write("\r\033[K")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Start everything a run needs; stop all of it on the way out, also on Ctrl-C. Collective."""
+    with contextlib.ExitStack() as stack:
+        run = open_run(config.run.out, config) if is_first_process() else Run(Path(config.run.out))
+        yield Session(config, run, stack)
+
+
+def is_first_process() -> bool:
+    """Rank 0, before process groups exist."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def buckets(weights: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors in lists of about `bucket_bytes`, so that a sync never holds the whole model."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,105 @@
+"""One rank of a layout test: a GRPO step and an OPSD step on fixed data, results written by rank 0.
+
+Run under torchrun: worker.py MODEL_DIR OUT_DIR TENSOR PIPELINE SEQUENCE.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ext.lora import LoraSettings
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.parallel import close_parallel, init_parallel
+from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
+from searche1.grpo import grpo_step
+from searche1.opsd import TrainedPair, opsd_step
+from searche1.packing import Sample
+from searche1.policy import Policy
+from searche1.types import Group, Question, Span, Trajectory
+
+VOCAB = 200  # not a multiple of 128: the last ranks hold padding columns
+CONFIG = Config(
+    train=TrainConfig(max_tokens=160, logits_chunk=16),
+    grpo=GRPOConfig(mini_batch_size=6, kl_coef=0.1, entropy_coef=0.01),
+    opsd=OPSDConfig(pairs_per_step=4, max_teacher_tokens=160),
+)
+OPTIMIZER = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0, distributed=True)
+
+
+def ids(generator: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(generator.randrange(VOCAB) for _ in range(count))
+
+
+def trajectory(generator: random.Random) -> Trajectory:
+    def policy(kind: str) -> Span:
+        tokens = ids(generator, generator.randrange(3, 9))
+        return Span("policy", kind, tokens, (-5.0,) * len(tokens), "")
+
+    seen = Span("environment", "information", ids(generator, generator.randrange(4, 12)), (), "")
+    return Trajectory(ids(generator, 6), (policy("search"), seen, policy("answer")), "answered")
+
+
+def groups(generator: random.Random) -> list[Group]:
+    return [
+        Group(
+            Question(str(k), "q?", ("a",), "toy"),
+            tuple(trajectory(generator) for _ in range(4)),
+            tuple(float(generator.random() < 0.5) for _ in range(4)),
+        )
+        for k in range(3)
+    ]
+
+
+def pairs(generator: random.Random) -> list[TrainedPair]:
+    made = []
+    for _ in range(4):
+        t = trajectory(generator)
+        made.append(
+            TrainedPair(
+                student=Sample(t.prompt_ids, t.response_ids, t.policy_mask),
+                teacher=Sample(ids(generator, 20), t.response_ids, t.policy_mask),
+            )
+        )
+    return made
+
+
+def copied(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def main() -> None:
+    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    tensor, pipeline, sequence = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1"
+    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, device="cpu")
+    generator = random.Random(0)
+    options = {"model_path": model, "layout": layout, "train": CONFIG.train, "optimizer": OPTIMIZER}
+
+    policy = Policy(**options)
+    exported = {"before": copied(policy)}
+    reference = policy.snapshot()
+    batch = groups(generator)
+    # Two steps: in the second the policy has left its reference, so KL and ratios are not trivial.
+    grpo = [grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3) for _ in range(2)]
+    exported["grpo"] = copied(policy)
+    policy.save_checkpoint(out / "checkpoint", step=2)
+
+    policy = Policy(**options, lora=LoraSettings(rank=4, alpha=8, seed=0))
+    distilled = pairs(generator)
+    opsd = [opsd_step(policy, distilled, config=CONFIG, lr=1e-2) for _ in range(3)]
+    exported["opsd"] = copied(policy)
+    policy.save_adapter(out / "adapter")
+
+    if layout.is_writer:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, tensors in exported.items():
+            save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{name}.safetensors")
+        (out / "metrics.json").write_text(json.dumps({"grpo": grpo, "opsd": opsd}))
+    close_parallel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The retriever's client against a small HTTP server that does what each test says."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from searche1.retrieval.batching import Batcher, LRUCache
+from searche1.retrieval.client import RetrieverClient, RetrieverError
+from searche1.types import UserError
+
+
+def hit(query: str, rank: int = 0) -> dict[str, Any]:
+    return {"document": {"id": f"{query}-{rank}", "contents": f'"{query}"\ntext {rank}'}, "score": 1.0 - rank}
+
+
+def echo(body: dict[str, Any]) -> web.Response:
+    return web.json_response({"result": [[hit(q, rank) for rank in range(body["topk"])] for q in body["queries"]]})
+
+
+@asynccontextmanager
+async def serving(
+    answer: Callable[[dict[str, Any]], web.Response], *, delay_s: float = 0.0
+) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    """A server whose requests are recorded; yields its address and the request bodies."""
+    bodies: list[dict[str, Any]] = []
+
+    async def retrieve(request: web.Request) -> web.Response:
+        bodies.append(await request.json())
+        await asyncio.sleep(delay_s)
+        return answer(bodies[-1])
+
+    app = web.Application()
+    app.router.add_post("/retrieve", retrieve)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/retrieve")), bodies
+
+
+def make_client(url: str, **changes: Any) -> RetrieverClient:
+    return RetrieverClient(**{"url": url, "topk": 2, "timeout_s": 5.0, "retries": 3, "backoff_s": 0.01, **changes})
+
+
+def test_concurrent_searches_share_one_request_and_each_gets_its_own_passages():
+    async def story():
+        async with serving(echo) as (url, bodies), make_client(url) as client:
+            answers = await asyncio.gather(*(client.search(q) for q in ("b", "a", "b", "c", "")))
+        assert bodies == [{"queries": ["b", "a", "c", ""], "topk": 2, "return_scores": True}]
+        assert [[p.id for p in answer] for answer in answers] == [
+            ["b-0", "b-1"], ["a-0", "a-1"], ["b-0", "b-1"], ["c-0", "c-1"], ["-0", "-1"],
+        ]  # fmt: skip
+        assert (answers[1][1].contents, answers[1][1].score) == ('"a"\ntext 1', 0.0)
+
+    asyncio.run(story())
+
+
+def test_an_answer_is_remembered_even_in_a_later_event_loop():
+    client = make_client("http://127.0.0.1:1")
+
+    async def first():
+        async with serving(echo) as (url, bodies):
+            client._url = url
+            async with client:
+                await client.search("a")
+                await client.search("a")
+            assert len(bodies) == 1
+
+    async def second():
+        async with client:  # the server is gone
+            assert [p.id for p in await client.search("a")] == ["a-0", "a-1"]
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
+def test_a_client_that_was_not_closed_works_in_the_next_event_loop():
+    client = make_client("http://127.0.0.1:1")
+
+    async def search(query):
+        async with serving(echo) as (url, _):
+            client._url = url
+            answer = await client.search(query)
+            if query == "b":
+                await client.close()
+            return answer
+
+    assert asyncio.run(search("a"))[0].id == "a-0"
+    assert asyncio.run(search("b"))[0].id == "b-0"
+
+
+def test_a_full_cache_forgets_the_query_unused_for_longest():
+    async def story():
+        async with serving(echo) as (url, bodies), make_client(url, cache_size=2) as client:
+            for query in ("a", "b", "a", "c", "a", "b"):
+                await client.search(query)
+        assert [body["queries"] for body in bodies] == [["a"], ["b"], ["c"], ["b"]]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_a_passing_server_error_is_retried(status):
+    answers = iter([web.Response(status=status), web.Response(status=status)])
+
+    async def story():
+        async with serving(lambda body: next(answers, None) or echo(body)) as (url, bodies):
+            async with make_client(url) as client:
+                assert len(await client.search("a")) == 2
+            assert len(bodies) == 3
+
+    asyncio.run(story())
+
+
+def test_a_lasting_failure_raises_for_every_waiter_and_is_not_remembered():
+    broken = True
+
+    def answer(body):
+        return web.Response(status=503, text="warming up") if broken else echo(body)
+
+    async def story():
+        nonlocal broken
+        async with serving(answer) as (url, bodies), make_client(url) as client:
+            outcomes = await asyncio.gather(*(client.search(q) for q in ("a", "b", "a")), return_exceptions=True)
+            assert len(bodies) == 3
+            assert [type(outcome) for outcome in outcomes] == [RetrieverError] * 3
+            assert "failed 3 times" in str(outcomes[0]) and "warming up" in str(outcomes[0])
+            broken = False
+            assert (await client.search("a"))[0].id == "a-0"
+
+    asyncio.run(story())
+
+
+def test_a_server_that_is_not_there_raises_after_its_tries():
+    async def story():
+        async with make_client("http://127.0.0.1:1/retrieve") as client:
+            with pytest.raises(RetrieverError, match=r"127\.0\.0\.1:1/retrieve failed 3 times"):
+                await client.search("a")
+
+    asyncio.run(story())
+
+
+def test_a_time_out_is_retried_and_then_raised():
+    async def story():
+        async with serving(echo, delay_s=0.5) as (url, bodies):
+            async with make_client(url, timeout_s=0.05, retries=2) as client:
+                with pytest.raises(RetrieverError, match=r"no answer within 0\.05 s|[Tt]ime"):
+                    await client.search("a")
+            assert len(bodies) == 2
+
+    asyncio.run(story())
+
+
+def test_a_refusal_is_not_retried():
+    async def story():
+        async with serving(lambda _: web.Response(status=422, text="bad topk")) as (url, bodies):
+            async with make_client(url) as client:
+                with pytest.raises(RetrieverError, match="422: bad topk"):
+                    await client.search("a")
+            assert len(bodies) == 1
+
+    asyncio.run(story())
+
+
+MALFORMED = {
+    "not JSON": "<html>busy</html>",
+    "no result": "{}",
+    "a list": "[]",
+    "too few answers": {"result": []},
+    "too many answers": {"result": [[hit("a")], [hit("b")]]},
+    "null for a query": {"result": [None]},
+    "no document": {"result": [[{"score": 1.0}]]},
+    "no contents": {"result": [[{"document": {"id": "1"}, "score": 1.0}]]},
+    "contents is null": {"result": [[{"document": {"id": "1", "contents": None}, "score": 1.0}]]},
+    "no score": {"result": [[{"document": {"id": "1", "contents": "x"}}]]},
+    "bare documents": {"result": [[{"id": "1", "contents": "x"}]]},
+    "more than topk": {"result": [[hit("a", rank) for rank in range(3)]]},
+}
+
+
+@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_answer_is_an_error_and_never_an_empty_observation(body):
+    def answer(_):
+        return web.Response(text=body) if isinstance(body, str) else web.json_response(body)
+
+    async def story():
+        async with serving(answer) as (url, bodies):
+            async with make_client(url) as client:
+                with pytest.raises(RetrieverError):
+                    await client.search("a")
+            assert len(bodies) == 1
+
+    asyncio.run(story())
+
+
+def test_nothing_found_is_an_answer():
+    async def story():
+        async with serving(lambda _: web.json_response({"result": [[]]})) as (url, _), make_client(url) as client:
+            assert await client.search("a") == ()
+
+    asyncio.run(story())
+
+
+def test_cancelling_one_waiter_leaves_the_others_their_answer():
+    async def story():
+        async with serving(echo, delay_s=0.1) as (url, bodies), make_client(url) as client:
+            tasks = [asyncio.create_task(client.search("a")) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            tasks[0].cancel()
+            assert (await tasks[1])[0].id == "a-0"
+            assert len(bodies) == 1
+
+    asyncio.run(story())
+
+
+def test_a_batch_is_never_larger_than_its_limit_and_loses_nobody():
+    sizes = []
+
+    async def double(keys):
+        sizes.append(len(keys))
+        await asyncio.sleep(0.01)
+        return [2 * key for key in keys]
+
+    async def story():
+        cache = LRUCache(size=100)
+        batcher = Batcher(double, cache=cache, window_s=0.001, max_batch=4, max_running=2)
+        assert await asyncio.gather(*(batcher.get(i) for i in range(11))) == [2 * i for i in range(11)]
+        assert len(cache) == 11
+
+    asyncio.run(story())
+    assert sizes == [4, 4, 3]
+
+
+@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"url": ""}, {"topk": 0}, {"retries": 0}])
+def test_settings_that_cannot_work_are_refused(changes):
+    with pytest.raises(UserError):
+        make_client(**{"url": "http://127.0.0.1:8000", **changes})
+
+
+def test_the_client_imports_no_torch():
+    code = "import sys, searche1.retrieval.client; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
