@@ -3,13 +3,15 @@
 torch and sglang stay out of install_requires: resolving them would fetch CUDA builds on a laptop.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="searche1",
     version="0.1.0",
     description="Search-E1: self-evolving search agents with GRPO and on-policy self-distillation",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -63,6 +63,11 @@ def load_hf_weights(model: HiddenStateModel, folder: Path, shape: ModelShape, la
         raise ValueError(f"{folder} holds {len(surplus)} tensors without a mapping rule, first: {sorted(surplus)[0]}")
     for rule, parameter in local_rules(model, shape):
         parts = [reader.tensor(name) for name in rule.hf]
+        if rule.layout == "vocab" and len(parts[0]) != shape.vocab_size:  # padding would hide it
+            raise ValueError(
+                f"{rule.hf[0]} in {folder} has {len(parts[0])} rows where config.json says a vocabulary of "
+                f"{shape.vocab_size}; the folder's weights and config.json do not belong together"
+            )
         local = to_shard(rule, parts, shape, layout.tensor_rank, layout.tensor)
         if local.shape != parameter.shape:
             raise ValueError(

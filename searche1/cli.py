@@ -11,7 +11,6 @@ from pathlib import Path
 from searche1.types import UserError
 
 
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)

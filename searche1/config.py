@@ -226,37 +226,44 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     from omegaconf.errors import OmegaConfBaseException
 
     merged = OmegaConf.structured(Config)
+    source = str(path)
     try:
         if path is not None:
             if not Path(path).is_file():
                 raise UserError(
                     f"config file not found: {path}; give an existing YAML file, such as configs/quickstart.yaml"
                 )
-            merged = OmegaConf.merge(merged, OmegaConf.load(path))
+            loaded = OmegaConf.load(path)
+            if not OmegaConf.is_dict(loaded):
+                raise UserError(f"{path} is a list; a config file holds sections such as `grpo:` with settings in them")
+            merged = OmegaConf.merge(merged, loaded)
         for override in overrides or []:
+            source = override
             if "=" not in override:
                 raise UserError(f"an override must be key=value, got {override!r}; for example grpo.steps=10")
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain(error, source)) from error
     except UserError:
         raise
     except Exception as error:  # YAML syntax: the parser's own message carries line and column
         if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{path} is not valid YAML: {error}") from error
+            raise UserError(f"{source} is not valid YAML: {error}") from error
         raise
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, source: str) -> str:
     key = getattr(error, "full_key", None) or ""
     message = str(error).splitlines()[0]
     message = message.partition(". Did you mean")[0]  # OmegaConf's own guess stays inside one section
-    near = difflib.get_close_matches(key, config_keys(), n=1)
+    keys = config_keys()
+    near = difflib.get_close_matches(key, keys if "." in key else sorted({k.partition(".")[0] for k in keys}), n=1)
     hint = f" Did you mean {near[0]!r}?" if near and near[0] != key else ""
-    return f"config key {key!r}: {message}.{hint} `searche1 config` lists every key."
+    where = f"config key {key!r}" if key else source
+    return f"{where}: {message}.{hint} `searche1 config` lists every key."
 
 
 def describe(config: Config) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.optimizer import OptimizerSettings
+from searche1.config import Config
 from searche1.data import load_questions, question_batches
 from searche1.metrics import Phases, rollout_metrics
 from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of

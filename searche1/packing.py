@@ -187,5 +187,5 @@ def make_pair_batches(
 def plan(lengths: Sequence[int], max_tokens: int, multiple_of: int, *, rank: int, num_ranks: int) -> list[list[int]]:
     """Which items go into which micro-batch of this rank; one empty micro-batch if it has none."""
     mine = share_of_rank(lengths, rank=rank, num_ranks=num_ranks)
-    bins = bins_by_budget([lengths[i] for i in mine], max_tokens=max_tokens - multiple_of + 1)
+    bins = bins_by_budget([lengths[i] for i in mine], max_tokens=max_tokens // multiple_of * multiple_of)
     return [[mine[k] for k in members] for members in bins] or [[]]

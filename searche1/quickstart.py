@@ -13,9 +13,7 @@ ASSETS = Path(__file__).parent / "assets"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def run_quickstart(
-    *, seed: int, out: str, is_fast: bool, is_new: bool, device: str, overrides: Sequence[str]
-) -> None:
+def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: str, overrides: Sequence[str]) -> None:
     """Make what is missing, then run the cycle; a finished piece is never made twice."""
     from searche1.cycle import run_cycle
     from searche1.session import is_first_process

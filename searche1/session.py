@@ -30,7 +30,7 @@ from searche1.policy import Policy, resolve_model, train_dtype
 from searche1.prompts import encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient
 from searche1.retrieval.server import launch_retriever
-from searche1.rollout.engine import Engine, launch_engine
+from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.sampler import Sampler, Start
 from searche1.runs import Run, open_run
 from searche1.types import Group, Question, UserError
@@ -47,6 +47,11 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda but torch sees no GPU; use run.device=cpu, or run `searche1 doctor`")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def longest_context(config: Config) -> int:
+    """Tokens an engine must take: a teacher prompt holds a whole trajectory beside the student's context."""
+    return max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
 
 
 class Session:
@@ -76,13 +81,17 @@ class Session:
     def _start_servers(self, stack: contextlib.ExitStack) -> None:
         from transformers import AutoTokenizer
 
-        config, layout = self.config, self.layout
+        config = self.config
         self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.run.metrics_path, console=self.console)))
         tokenizer = AutoTokenizer.from_pretrained(self.model_path)
         self._tokenizer = tokenizer
+        started = time.monotonic()
+        # The engines load while the retriever starts.
+        for number in range(config.engine.count):
+            self._engines.append(self._start_engine(number))
+            stack.callback(self._engines[-1].stop)
         url = config.retriever.url
         if not url:
-            started = time.monotonic()
             server = launch_retriever(
                 corpus=config.retriever.corpus,
                 index=config.retriever.index,
@@ -94,28 +103,9 @@ class Session:
             )
             stack.callback(server.stop)
             url = server.url
-            self.tell(f"retriever ready at {url} ({time.monotonic() - started:.0f} s)")
-        longest = max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
-        started = time.monotonic()
-        for number in range(config.engine.count):
-            engine = launch_engine(
-                model_path=self.model_path,
-                device=layout.device.type,
-                dtype=str(train_dtype(config.train, layout.device)).removeprefix("torch."),
-                tensor=config.engine.tensor,
-                port=config.engine.port + number if config.engine.port else 0,
-                seed=config.run.seed + number,
-                mem_fraction=config.engine.mem_fraction,
-                max_total_tokens=config.engine.max_total_tokens,
-                max_running=config.engine.max_running,
-                context_length=longest + config.rollout.max_response_tokens,
-                attention_backend=config.engine.attention_backend,
-                log_path=self.run.directory / "logs" / f"engine{number}.log",
-                start_timeout_s=config.engine.start_timeout_s,
-            )
-            stack.callback(engine.stop)
-            self._engines.append(engine)
-        self.tell(f"{len(self._engines)} SGLang engine(s) ready ({time.monotonic() - started:.0f} s)")
+        for engine in self._engines:
+            engine.wait_until_ready(timeout_s=config.engine.start_timeout_s, progress=None)
+        self.tell(f"retriever and {len(self._engines)} engine(s) ready ({time.monotonic() - started:.0f} s)")
         retriever = RetrieverClient(
             url=url,
             topk=config.retriever.topk,
@@ -134,7 +124,26 @@ class Session:
 
         self._sampler = sampler(config.rollout)
         # The teacher's prompt holds a whole trajectory: the student's caps would cut it.
+        longest = longest_context(config)
         self._teacher_sampler = sampler(replace(config.rollout, max_start_tokens=longest, max_context_tokens=longest))
+
+    def _start_engine(self, number: int) -> Engine:
+        config, device = self.config, self.layout.device.type
+        return start_engine(
+            model_path=self.model_path,
+            device=f"cuda:{number * config.engine.tensor}" if device == "cuda" else device,
+            dtype=str(train_dtype(config.train, self.layout.device)).removeprefix("torch."),
+            tensor=config.engine.tensor,
+            port=config.engine.port + number if config.engine.port else 0,
+            seed=config.run.seed + number,
+            mem_fraction=config.engine.mem_fraction,
+            max_total_tokens=config.engine.max_total_tokens,
+            max_running=config.engine.max_running,
+            context_length=longest_context(config) + config.rollout.max_response_tokens,
+            attention_backend=config.engine.attention_backend,
+            log_path=self.run.directory / "logs" / f"engine{number}.log",
+            request_timeout_s=config.engine.request_timeout_s,
+        )
 
     # -- talking ----------------------------------------------------------------------------------
 

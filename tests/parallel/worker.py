@@ -1,6 +1,8 @@
-"""One rank of a layout test: a GRPO step and an OPSD step on fixed data, results written by rank 0.
+"""One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0.
 
-Run under torchrun: worker.py MODEL_DIR OUT_DIR TENSOR PIPELINE SEQUENCE.
+Run under torchrun: worker.py MODELS_DIR OUT_DIR TENSOR PIPELINE SEQUENCE [RESULTS_TO_CONTINUE].
+Every folder in MODELS_DIR is trained on; OUT_DIR gets a folder of results for each. RESULTS_TO_CONTINUE is the
+OUT_DIR of another layout, whose checkpoints are continued.
 """
 
 import json
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.parallel import close_parallel, init_parallel
+from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
 from searche1.opsd import TrainedPair, opsd_step
@@ -71,10 +73,8 @@ def copied(policy: Policy) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in policy.hf_weights()}
 
 
-def main() -> None:
-    model, out = Path(sys.argv[1]), Path(sys.argv[2])
-    tensor, pipeline, sequence = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1"
-    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, device="cpu")
+def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> None:
+    """The story of one model; `checkpoint` is another layout's, written between its second and third GRPO step."""
     generator = random.Random(0)
     options = {"model_path": model, "layout": layout, "train": CONFIG.train, "optimizer": OPTIMIZER}
 
@@ -83,21 +83,37 @@ def main() -> None:
     reference = policy.snapshot()
     batch = groups(generator)
     # Two steps: in the second the policy has left its reference, so KL and ratios are not trivial.
-    grpo = [grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3) for _ in range(2)]
+    metrics = {"grpo": [grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3) for _ in range(2)]}
     exported["grpo"] = copied(policy)
     policy.save_checkpoint(out / "checkpoint", step=2)
+    metrics["third"] = grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3)
+    exported["third"] = copied(policy)
+
+    if checkpoint is not None:
+        policy = Policy(**options)
+        assert policy.load_checkpoint(checkpoint) == 2
+        metrics["continued"] = grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3)
+        exported["continued"] = copied(policy)
 
     policy = Policy(**options, lora=LoraSettings(rank=4, alpha=8, seed=0))
     distilled = pairs(generator)
-    opsd = [opsd_step(policy, distilled, config=CONFIG, lr=1e-2) for _ in range(3)]
+    metrics["opsd"] = [opsd_step(policy, distilled, config=CONFIG, lr=1e-2) for _ in range(3)]
     exported["opsd"] = copied(policy)
     policy.save_adapter(out / "adapter")
 
     if layout.is_writer:
-        out.mkdir(parents=True, exist_ok=True)
         for name, tensors in exported.items():
             save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{name}.safetensors")
-        (out / "metrics.json").write_text(json.dumps({"grpo": grpo, "opsd": opsd}))
+        (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def main() -> None:
+    models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    tensor, pipeline, sequence = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1"
+    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, device="cpu")
+    for model in sorted(models.iterdir()):
+        checkpoint = Path(sys.argv[6]) / model.name / "checkpoint" if len(sys.argv) > 6 else None
+        train(model, out / model.name, layout, checkpoint)
     close_parallel()
 
 

@@ -1,0 +1,114 @@
+"""What SGLang lacks on a CPU, in plain PyTorch: attention over many requests at once, and sampling by seed.
+
+Legend: B requests of a chunk, Q longest new part, L longest sequence, H query heads, K key-value heads, D head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+CHUNK_TOKENS = 4096  # key-value tokens gathered at once: 2-4 MB in a small model, about a core's cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Requests attended together, padded on the right to the longest."""
+
+    rows: slice  # their new tokens in the step's packed batch
+    slots: torch.Tensor  # [B * L], places of their tokens in the key-value cache; 0 where padded
+    is_new: torch.Tensor  # [B, Q], False where padded
+    visible: torch.Tensor  # [B, 1, Q, L], keys a query may see: none later, so none of the padding
+
+
+def make_chunks(slots: torch.Tensor, *, seq_lens: Sequence[int], query_lens: Sequence[int]) -> list[Chunk]:
+    """Plans one step. slots [requests, longest]: where each request's tokens are in the key-value cache.
+
+    `query_lens` counts the new tokens at the end of each sequence: 1 when decoding. One plan serves every layer.
+    """
+    chunks = []
+    row = 0
+    for first, last in chunk_ranges(seq_lens, max_tokens=CHUNK_TOKENS):
+        lens = torch.tensor(seq_lens[first:last])  # [B]
+        new = torch.tensor(query_lens[first:last])  # [B]
+        key_positions = torch.arange(int(lens.max()))  # [L]
+        columns = torch.arange(int(new.max()))  # [Q]
+        query_positions = (lens - new)[:, None] + columns  # [B, Q]
+        in_sequence = key_positions < lens[:, None]  # [B, L]
+        num_rows = int(new.sum())
+        chunks.append(
+            Chunk(
+                rows=slice(row, row + num_rows),
+                slots=slots[first:last, : len(key_positions)].masked_fill(~in_sequence, 0).flatten().long(),
+                is_new=columns < new[:, None],
+                visible=(key_positions <= query_positions[:, :, None])[:, None],
+            )
+        )
+        row += num_rows
+    return chunks
+
+
+def chunk_ranges(lengths: Sequence[int], *, max_tokens: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of at least one length whose padded size, count x longest, stays within `max_tokens`."""
+    ranges = []
+    first, longest = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and (i + 1 - first) * max(longest, length) > max_tokens:
+            ranges.append((first, i))
+            first, longest = i, 0
+        longest = max(longest, length)
+    return [*ranges, (first, len(lengths))] if lengths else []
+
+
+def attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    chunks: Sequence[Chunk],
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Causal attention: fills and returns `output` [tokens, H, D]. keys, values [cache size, K, D]."""
+    for chunk in chunks:
+        num_requests, width = chunk.is_new.shape
+        padded = query.new_zeros(num_requests, width, *query.shape[1:])  # [B, Q, H, D]
+        padded[chunk.is_new] = query[chunk.rows]
+        k, v = (
+            cache.index_select(0, chunk.slots).view(num_requests, -1, *cache.shape[1:]).transpose(1, 2).to(query.dtype)
+            for cache in (keys, values)
+        )  # [B, K, L, D]
+        attended = scaled_dot_product_attention(
+            padded.transpose(1, 2), k, v, attn_mask=chunk.visible, scale=scale, enable_gqa=enable_gqa
+        )  # [B, H, Q, D]
+        output[chunk.rows] = attended.transpose(1, 2)[chunk.is_new]
+    return output
+
+
+def seeded_multinomial(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One draw per row, decided by the row's seed and position alone. logprobs [B, V] -> ids [B, 1].
+
+    Gumbel-max: the largest logprob + Gumbel noise is a sample of the distribution. The noise is a hash of
+    (seed, position, id), so a request draws the same tokens whatever else is in its batch.
+    """
+    rows = _mix(seeds.long() ^ _mix(positions.long() + _GOLDEN))  # [B]
+    ids = torch.arange(1, logprobs.shape[1] + 1)
+    bits = _mix(rows[:, None] + ids * _GOLDEN)  # [B, V]
+    uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).div_(2.0**53)  # in (0, 1)
+    gumbel = uniform.log_().neg_().log_().neg_()
+    return gumbel.add_(logprobs).argmax(dim=1, keepdim=True)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's increment; int64 arithmetic wraps around
+
+
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on int64; the masks make its shifts logical."""
+    bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return bits ^ ((bits >> 31) & (2**33 - 1))

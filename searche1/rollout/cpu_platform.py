@@ -1,0 +1,107 @@
+"""SGLang platform plugin: text models on a CPU with plain PyTorch.
+
+SGLang's own ways to a CPU need a build of vLLM or sgl_kernel that no package index has, but it loads platforms from
+the entry-point group `sglang.srt.platforms` (see setup.py) in every process it starts, the spawned scheduler and
+detokenizer included. On a machine with CUDA this one steps aside.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import torch  # SGLang has imported it before it looks for plugins, and these three modules too
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+def activate() -> str | None:
+    """The platform class for a machine without CUDA, else None. SGLang calls it in each of its processes."""
+    if torch.cuda.is_available():
+        return None
+    if importlib.util.find_spec("torchvision") is None:
+        stub_torchvision()  # here, because SGLang imports its model configurations right after
+    return "searche1.rollout.cpu_platform:CpuPlatform"
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Native PyTorch kernels, no graphs. Other SGLang modules are imported late: they ask for the platform."""
+
+    _enum = PlatformEnum.OOT  # "out of tree": SGLang then asks this class instead of its own tables
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def is_pin_memory_available(self, device: object = None) -> bool:
+        return False  # pinning needs an accelerator
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"  # layers take their forward_native instead of a fused kernel
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+        return PagedTokenToKVPoolAllocator
+
+    def apply_server_args_defaults(self, server_args: object) -> None:
+        """Admits torch_native to deterministic inference, the mode in which a request's own seed counts."""
+        from sglang.srt import server_args as choices
+
+        choices.add_deterministic_attention_backend_choices(["torch_native"])
+        choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+
+    def init_backend(self) -> None:
+        """Puts our kernels where SGLang looks for its own. Runs in the scheduler before the model is made."""
+        from sglang.srt import batch_invariant_ops
+        from sglang.srt.layers import sampler
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from searche1.rollout.cpu_attention import BatchedNativeAttention
+        from searche1.rollout.cpu_kernels import seeded_multinomial
+
+        # Under the old name, by which SGLang knows that there is no Triton.
+        register_attention_backend("torch_native")(BatchedNativeAttention)
+        # Its hash exists in CUDA and in sgl_kernel only.
+        sampler.multinomial_with_seed = seeded_multinomial
+        # The other half of deterministic inference replaces matrix products by Triton kernels.
+        batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+def stub_torchvision() -> None:
+    """Gives SGLang the two names that it imports for image models, so that text models run without torchvision.
+
+    torchvision's wheels do not load beside a CPU build of torch, so the CPU requirements leave it out.
+    """
+    import transformers
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    # Without torchvision transformers exports a dummy that raises; SGLang only calls .register(), which fills a table.
+    # The import above may have replaced the lazy top module, so the old and the new one are patched.
+    for module in (transformers, sys.modules["transformers"]):
+        vars(module)["AutoImageProcessor"] = AutoImageProcessor
+
+    class InterpolationMode(enum.Enum):
+        BILINEAR = "bilinear"
+        BICUBIC = "bicubic"
+
+    # transformers has looked for torchvision by now and keeps its answer, "not installed".
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in names:
+        stub = types.ModuleType(name)
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
+        stub.__path__ = []
+        sys.modules[name] = stub
+    package, transforms, functional = (vars(sys.modules[name]) for name in names)
+    package["transforms"], transforms["functional"] = sys.modules[names[1]], sys.modules[names[2]]
+    transforms["InterpolationMode"] = functional["InterpolationMode"] = InterpolationMode

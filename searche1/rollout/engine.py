@@ -1,0 +1,406 @@
+"""SGLang, as a server process that starts and dies with us. Nothing else talks to it.
+
+The same code runs on a GPU and on a CPU, where cpu_platform.py is SGLang's platform. Token ids go in and come out:
+the ids that the engine sampled are the ids that are trained. Works with SGLang 0.5.17 to 0.5.23.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import ctypes
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+import torch
+import torch.multiprocessing  # registers how tensors travel between processes
+
+from searche1.types import Completion, UserError
+
+CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and SGLang's own choice is most of memory
+LOG_TAIL_LINES = 20
+STOP_TIMEOUT_S = 10.0
+FLUSH_TIMEOUT_S = 30.0
+
+_TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class EngineError(UserError):
+    """An engine refused, failed or died. A trajectory it happens to is an error, never an empty completion."""
+
+
+class Engine:
+    """One running SGLang server. `launch_engine` makes it; `with` or `stop()` ends it, and so does our own end."""
+
+    def __init__(
+        self,
+        *,
+        process: subprocess.Popen[bytes],
+        url: str,
+        log_path: Path,
+        device: str,
+        tensor: int,
+        request_timeout_s: float,
+    ) -> None:
+        self.url = url
+        self.log_path = log_path
+        self._process = process
+        self._is_cpu = device == "cpu"
+        self._tensor = tensor
+        self._request_timeout_s = request_timeout_s
+        self._http = requests.Session()
+        self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
+        self._has_weights = True
+        atexit.register(self.stop)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self, *, timeout_s: float, progress: Callable[[float], None] | None = None) -> None:
+        """Returns when the server has generated a first token. `progress` gets the seconds waited so far."""
+        start = time.monotonic()
+        while (waited := time.monotonic() - start) < timeout_s:
+            if self._process.poll() is not None:
+                raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
+            try:
+                if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass  # not listening yet
+            if progress is not None:
+                progress(waited)
+            time.sleep(0.25)
+        self.stop()
+        raise EngineError(
+            f"the engine was not ready within {timeout_s:g} s; raise engine.start_timeout_s if it was still loading\n"
+            f"{self._last_words()}"
+        )
+
+    async def generate(
+        self,
+        session: aiohttp.ClientSession,
+        token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[str],
+        seed: int,
+    ) -> Completion:
+        """One completion of `token_ids`; temperature 0 is greedy. A stop string stays in the completion.
+
+        `seed` (below 2**31) and a token's position decide its draw where SGLang samples deterministically: always on
+        a CPU. Raises EngineError.
+        """
+        assert self._has_weights, "load_weights() comes before generate() after wake()"
+        request = {
+            "input_ids": list(token_ids),
+            "return_logprob": True,
+            "sampling_params": {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "stop": list(stop),
+                "no_stop_trim": True,
+                "skip_special_tokens": False,
+                "sampling_seed": seed,
+            },
+        }
+        timeout = aiohttp.ClientTimeout(total=self._request_timeout_s)
+        try:
+            async with session.post(f"{self.url}/generate", json=request, timeout=timeout) as response:
+                status, body = response.status, await response.text(errors="replace")
+        except TimeoutError as error:
+            raise EngineError(f"{self.url} did not complete a turn within {self._request_timeout_s:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineError(f"{self.url} failed: {type(error).__name__}: {error}\n{self._last_words()}") from error
+        if status != 200:
+            raise EngineError(f"{self.url} refused a completion with HTTP status {status}: {body[:500]}")
+        return parse_completion(json.loads(body))
+
+    def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Logprobs of every id but the first, given the ids before it; one list a sequence."""
+        assert self._has_weights, "load_weights() comes before logprobs() after wake()"
+        request = {
+            "input_ids": [list(ids) for ids in token_ids],
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        }
+        answers = self._post("/generate", request).json()
+        return [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers]
+
+    def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], *, version: str) -> None:
+        """Replaces the weights by HuggingFace-named tensors; later completions carry `version`.
+
+        A bucket's tensors must stay untouched until the next bucket is asked for. No request may be under way.
+        On a GPU only handles travel, so the tensors must be on a device that the engine sees too.
+        """
+        # Servers before 0.5.21 load at once and have no sessions.
+        has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
+        for bucket in buckets:
+            payloads = [_serialize(bucket) for _ in range(self._tensor)]  # a handle can be opened once
+            request = {"serialized_named_tensors": payloads, "flush_cache": False}
+            answer = self._post("/update_weights_from_tensor", request).json()
+            if not answer["success"]:
+                raise EngineError(f"{self.url} did not load weights: {answer['message']}")
+        if has_sessions:
+            self._post("/end_weight_update", {})
+        self.flush_cache()  # keys and values of the old weights
+        self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self._has_weights = True
+
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes. Waits for requests that a cancelled client has left behind."""
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while self._post("/flush_cache", None, accept=(200, 400)).status_code != 200:
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.url} still has requests under way after {FLUSH_TIMEOUT_S:g} s")
+            time.sleep(0.1)
+
+    def sleep(self) -> None:
+        """Gives the GPU memory of weights and cache to the trainer. Nothing to do on a CPU."""
+        if not self._is_cpu:
+            self.flush_cache()
+            self._post("/release_memory_occupation", {})
+            self._has_weights = False
+
+    def wake(self) -> None:
+        """Takes the memory back, without its contents: `load_weights` must follow. Nothing to do on a CPU."""
+        if not self._is_cpu:
+            self._post("/resume_memory_occupation", {})
+
+    def stop(self) -> None:
+        """Ends the server and its children. May be called again."""
+        atexit.unregister(self.stop)
+        self._http.close()
+        # A polite SIGTERM takes SGLang 8 s. Its workers die with their parent; the resource tracker that it leaves
+        # behind then removes the shared memory and ends.
+        self._process.kill()
+        self._process.wait()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while _group_exists(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if _group_exists(self._process.pid):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _post(self, route: str, request: Any, *, accept: Sequence[int] = (200,)) -> requests.Response:
+        try:
+            response = self._http.post(self.url + route, json=request, timeout=self._request_timeout_s)
+        except requests.RequestException as error:
+            raise EngineError(f"{self.url}{route} failed: {error}\n{self._last_words()}") from error
+        if response.status_code not in accept:
+            raise EngineError(
+                f"{self.url}{route} answered HTTP status {response.status_code}: {response.text[:1000]}\n"
+                f"{self._last_words()}"
+            )
+        return response
+
+    def _last_words(self) -> str:
+        code = self._process.poll()
+        state = "still running" if code is None else f"exit code {code}"
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"({state}; the end of {self.log_path}:)", *(f"  {line}" for line in lines)])
+
+
+def launch_engine(
+    *,
+    model_path: str | Path,
+    device: str,
+    dtype: str,
+    tensor: int,
+    port: int,
+    seed: int,
+    mem_fraction: float,
+    max_total_tokens: int,
+    max_running: int,
+    context_length: int,
+    attention_backend: str,
+    log_path: str | Path,
+    start_timeout_s: float,
+    request_timeout_s: float = 600.0,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """`start_engine`, then `Engine.wait_until_ready`. To start several at once, call the two apart."""
+    engine = start_engine(
+        model_path=model_path,
+        device=device,
+        dtype=dtype,
+        tensor=tensor,
+        port=port,
+        seed=seed,
+        mem_fraction=mem_fraction,
+        max_total_tokens=max_total_tokens,
+        max_running=max_running,
+        context_length=context_length,
+        attention_backend=attention_backend,
+        log_path=log_path,
+        request_timeout_s=request_timeout_s,
+    )
+    try:
+        engine.wait_until_ready(timeout_s=start_timeout_s, progress=progress)
+    except BaseException:  # Ctrl-C included
+        engine.stop()
+        raise
+    return engine
+
+
+def start_engine(
+    *,
+    model_path: str | Path,
+    device: str,
+    dtype: str,
+    tensor: int,
+    port: int,
+    seed: int,
+    mem_fraction: float,
+    max_total_tokens: int,
+    max_running: int,
+    context_length: int,
+    attention_backend: str,
+    log_path: str | Path,
+    request_timeout_s: float = 600.0,
+) -> Engine:
+    """Starts a server and returns at once. Call it from the main thread: the server dies with the thread.
+
+    device is "cpu", "cuda" or "cuda:3" (the first of `tensor` GPUs). port 0 picks a free one; context_length 0 is the
+    model's, max_total_tokens 0 is SGLang's choice (on a CPU 65536), an empty attention_backend is the device's best.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    kind, _, index = device.partition(":")
+    port = _free_port(port)
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_path)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
+    command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
+    command += ["--grammar-backend", "none"]
+    if context_length:
+        command += ["--context-length", str(context_length)]
+    if kind == "cpu":
+        command += ["--device", "cpu", "--disable-overlap-schedule", "--disable-cuda-graph"]
+        command += ["--attention-backend", attention_backend or "torch_native"]
+        command += ["--max-total-tokens", str(max_total_tokens or CPU_MAX_TOTAL_TOKENS)]
+        # The scheduler spins while it waits, which starves a trainer on the same cores.
+        command += ["--sleep-on-idle"]
+        command += ["--enable-deterministic-inference"]  # a request's own seed counts
+    else:
+        command += ["--device", "cuda", "--base-gpu-id", index or "0"]
+        if attention_backend:
+            command += ["--attention-backend", attention_backend]
+        if max_total_tokens:
+            command += ["--max-total-tokens", str(max_total_tokens)]
+        if importlib.util.find_spec("torch_memory_saver") is not None:
+            command += ["--enable-memory-saver"]
+        else:
+            warnings.warn("torch_memory_saver is not installed: a sleeping engine keeps its GPU memory", stacklevel=2)
+
+    log_path = Path(log_path)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(kind),
+            start_new_session=True,  # Ctrl-C reaches us first, and one signal reaches all of its processes
+            preexec_fn=_die_with_parent,
+        )
+    return Engine(
+        process=process,
+        url=f"http://127.0.0.1:{port}",
+        log_path=log_path,
+        device=kind,
+        tensor=tensor,
+        request_timeout_s=request_timeout_s,
+    )
+
+
+def parse_completion(answer: dict[str, Any]) -> Completion:
+    """SGLang's answer to /generate. Raises EngineError if the request was aborted."""
+    meta = answer["meta_info"]
+    reason = meta["finish_reason"]
+    if reason["type"] == "abort":
+        raise EngineError(f"the engine aborted a completion: {reason.get('message', 'no reason given')}")
+    sampled = meta["output_token_logprobs"]  # [logprob, id, text] each
+    return Completion(
+        token_ids=tuple(entry[1] for entry in sampled),
+        logprobs=tuple(entry[0] for entry in sampled),
+        text=answer["text"],
+        finish_reason=reason["type"],
+        weight_version=str(meta["weight_version"]),
+    )
+
+
+def _serialize(bucket: list[tuple[str, torch.Tensor]]) -> str:
+    """What SGLang's MultiprocessingSerializer makes, without importing SGLang here: 5 s and its side effects."""
+    sharing = torch.multiprocessing.get_sharing_strategy()
+    # By name: with file descriptors, the default, the server would have to be our child by fork.
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        buffer = io.BytesIO()
+        # A copy on a CPU, because sharing moves a tensor's storage, which may be the model's.
+        shared = [(name, t.detach().clone() if t.device.type == "cpu" else t.detach()) for name, t in bucket]
+        ForkingPickler(buffer).dump(shared)
+    finally:
+        torch.multiprocessing.set_sharing_strategy(sharing)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _environment(kind: str) -> dict[str, str]:
+    # An engine makes process groups of its own: in torchrun's it would wait for the trainer's ranks.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN_PREFIXES)}
+    if kind == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", "1")  # spinning threads on shared cores cost ten times
+    # Logprobs of the distribution at temperature 1 whatever the sampling temperature, as Completion promises.
+    environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
+    # Longer than any client keeps an idle connection: one that closes under a request looks like a dead engine.
+    environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "3600"
+    # SGLang's warm-up calls itself and would ask a proxy.
+    environment["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy"), "127.0.0.1"]))
+    return environment
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _free_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(
+                f"engine.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

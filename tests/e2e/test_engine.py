@@ -1,0 +1,282 @@
+"""The real SGLang server against transformers, on a random Qwen2 of a few thousand parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import aiohttp
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from searche1.config import PromptConfig, RolloutConfig
+from searche1.retrieval.client import Passage
+from searche1.rollout.engine import Engine, EngineError, launch_engine, start_engine
+from searche1.rollout.sampler import Sampler
+from searche1.types import Completion, Group, Question, UserError
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4
+END = "<|im_end|>"
+
+
+def make_model(*, vocab_size: int, seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=vocab_size - 1,
+    )
+    model = Qwen2ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and byte-level tokenizer; the last id ends a sequence."""
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
+    tokenizer.save_pretrained(folder)
+    make_model(vocab_size=len(tokenizer), seed=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path) -> Qwen2ForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def launch_options(folder: Path, log_path: Path) -> dict:
+    return {
+        "model_path": folder,
+        "device": "cpu",
+        "dtype": "float32",
+        "tensor": 1,
+        "port": 0,
+        "seed": 0,
+        "mem_fraction": 0.2,
+        "max_total_tokens": 20000,
+        "max_running": 64,
+        "context_length": 1024,
+        "attention_backend": "",
+        "log_path": log_path,
+    }
+
+
+@pytest.fixture(scope="session")
+def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    log_path = tmp_path_factory.mktemp("log") / "engine.log"
+    with launch_engine(**launch_options(folder, log_path), start_timeout_s=300) as engine:
+        yield engine
+
+
+def complete(engine: Engine, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
+    """All prompts at once, sampled with seeds 0, 1, ..."""
+    settings = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "stop": (), **options}
+
+    async def run() -> list[Completion]:
+        async with aiohttp.ClientSession() as session:
+            requests = (engine.generate(session, ids, **{"seed": i, **settings}) for i, ids in enumerate(prompts))
+            return await asyncio.gather(*requests)
+
+    return asyncio.run(run())
+
+
+def true_logprobs(model: Qwen2ForCausalLM, ids: Sequence[int]) -> torch.Tensor:
+    """Of every id but the first, given those before it."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def worst_gap(model: Qwen2ForCausalLM, prompt: Sequence[int], completion: Completion) -> float:
+    expected = true_logprobs(model, [*prompt, *completion.token_ids])[len(prompt) - 1 :]
+    return (expected - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def prompts_of_many_lengths() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randint(0, 256, (150,), generator=generator).tolist()
+    return [shared[: 5 * i] + torch.randint(0, 256, (i + 1,), generator=generator).tolist() for i in range(30)]
+
+
+def test_many_requests_at_once_get_the_logprobs_of_transformers(engine, reference):
+    prompts = prompts_of_many_lengths()
+    completions = complete(engine, prompts)
+    assert max(worst_gap(reference, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
+    assert {c.weight_version for c in completions} == {"default"}
+
+
+def test_a_second_turn_reuses_the_cached_first_and_stays_exact(engine, reference):
+    prompts = prompts_of_many_lengths()[10:14]
+    for completion, prompt in zip(complete(engine, prompts), prompts, strict=True):
+        longer = [*prompt, *completion.token_ids, *range(40, 60)]
+        assert worst_gap(reference, longer, complete(engine, [longer])[0]) < TOLERANCE
+
+
+def test_greedy_decoding_takes_the_likeliest_ids(engine, reference):
+    prompt = prompts_of_many_lengths()[3]
+    completion = complete(engine, [prompt], temperature=0.0)[0]
+    with torch.no_grad():
+        logits = reference(torch.tensor([[*prompt, *completion.token_ids]])).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == list(completion.token_ids)
+
+
+def test_logprobs_are_those_of_temperature_one_at_any_temperature(engine, reference):
+    prompt = prompts_of_many_lengths()[3]
+    for temperature in (0.0, 0.5):
+        completion = complete(engine, [prompt], temperature=temperature)[0]
+        assert worst_gap(reference, prompt, completion) < TOLERANCE
+
+
+def test_a_seed_gives_the_same_ids_in_any_company(engine):
+    prompts = prompts_of_many_lengths()[:8]
+    together = complete(engine, prompts, temperature=1.0)
+    alone = [complete(engine, [prompt], seed=i)[0] for i, prompt in enumerate(prompts)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert len({c.token_ids for c in complete(engine, [prompts[0]] * 8)}) == 8
+
+
+def test_a_stop_string_ends_the_completion_and_stays_in_it(engine, tokenizer):
+    prompt = prompts_of_many_lengths()[5]
+    free = complete(engine, [prompt], max_new_tokens=40)[0]
+    assert free.finish_reason == "length"
+    stop = tokenizer.decode(free.token_ids[8:12])
+    stopped = complete(engine, [prompt], max_new_tokens=40, stop=(stop,))[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text.endswith(stop)
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert tokenizer.decode(stopped.token_ids) == stopped.text
+
+
+def test_prompt_logprobs_are_those_of_transformers(engine, reference):
+    sequences = prompts_of_many_lengths()[2:6]
+    for given, ids in zip(engine.logprobs(sequences), sequences, strict=True):
+        assert torch.allclose(torch.tensor(given), true_logprobs(reference, ids), atol=TOLERANCE)
+
+
+def response_ids(group: Group) -> list[tuple[int, ...]]:
+    return [trajectory.response_ids for trajectory in group.trajectories]
+
+
+class OnePassage:
+    async def search(self, query: str) -> tuple[Passage, ...]:
+        return (Passage(id="0", contents='"Title"\ntext', score=1.0),)
+
+    async def close(self) -> None:
+        pass
+
+
+def test_trajectories_hold_the_ids_and_logprobs_that_the_engine_sampled(engine, reference, tokenizer):
+    sampler = Sampler(
+        engines=[engine],
+        retriever=OnePassage(),
+        tokenizer=tokenizer,
+        rollout=RolloutConfig(max_response_tokens=12),
+        prompt=PromptConfig(user="{question}"),
+    )
+    questions = [Question(id=str(i), text=f"q{i}", answers=("a",), source="test") for i in range(6)]
+    groups = sampler.groups(questions, samples=2, temperature=1.0, seed=3)
+    for trajectory in (t for group in groups for t in group.trajectories):
+        assert trajectory.status == "unanswered"  # random weights do not find the tags
+        assert [span.kind for span in trajectory.spans] == ["invalid", "error"] * 4 + ["final"]
+        ids = [*trajectory.prompt_ids, *trajectory.response_ids]
+        expected = true_logprobs(reference, ids)[len(trajectory.prompt_ids) - 1 :]
+        expected = expected[torch.tensor(trajectory.policy_mask)]
+        assert torch.allclose(torch.tensor(trajectory.engine_logprobs), expected, atol=TOLERANCE)
+    again = sampler.groups(questions, samples=2, temperature=1.0, seed=3)
+    assert [response_ids(group) for group in again] == [response_ids(group) for group in groups]
+
+
+def test_new_weights_take_effect_and_completions_carry_their_version(engine, reference):
+    prompts = prompts_of_many_lengths()[:10]
+    engine.logprobs(prompts)  # fills the prefix cache with keys and values of the old weights
+    new = make_model(vocab_size=reference.config.vocab_size, seed=1)
+    named = [(name, p.detach()) for name, p in new.named_parameters()]
+    before = named[0][1].clone()
+    try:
+        engine.load_weights(iter([named[:5], named[5:]]), version="step-1")
+        completions = complete(engine, prompts)
+        assert max(worst_gap(new, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
+        assert min(worst_gap(reference, p, c) for p, c in zip(prompts, completions, strict=True)) > 0.01
+        assert {c.weight_version for c in completions} == {"step-1"}
+        assert torch.equal(named[0][1], before)
+        assert not named[0][1].is_shared()  # the trainer's memory is its own
+    finally:
+        engine.load_weights([[(name, p.detach()) for name, p in reference.named_parameters()]], version="default")
+
+
+def test_a_refused_request_is_an_engine_error(engine):
+    with pytest.raises(EngineError, match="400"):
+        complete(engine, [list(range(200)) * 10])
+    assert complete(engine, [[1, 2, 3]])[0].token_ids
+
+
+def test_a_taken_port_is_told_before_anything_starts(folder, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"engine.port {port} is taken"):
+            start_engine(**{**launch_options(folder, tmp_path / "log"), "port": port})
+
+
+def test_an_engine_that_cannot_start_tells_why(tmp_path):
+    with pytest.raises(EngineError, match=r"(?s)stopped while starting.*exit code.*no-such-model"):
+        launch_engine(**launch_options(tmp_path / "no-such-model", tmp_path / "log"), start_timeout_s=300)
+
+
+def members_of(group: int) -> list[str]:
+    listing = subprocess.run(["ps", "-eo", "pgid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = (line.split(maxsplit=1) for line in listing.splitlines())
+    return [args for pgid, args in rows if int(pgid) == group]
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_engine_and_workers_die_when_we_are_killed(folder, tmp_path):
+    script = (
+        "import os, time\nfrom pathlib import PosixPath\nfrom searche1.rollout.engine import start_engine\n"
+        f"engine = start_engine(**{launch_options(folder, tmp_path / 'log')!r})\n"
+        "print(os.getpgid(engine._process.pid), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        group = int(owner.stdout.readline())
+        workers = ("scheduler", "detokenizer")
+        wait_for(lambda: all(any(w in args for args in members_of(group)) for w in workers), timeout_s=300)
+        time.sleep(1)  # they have named themselves; next they tie their lives to the server's
+        owner.kill()
+    wait_for(lambda: members_of(group) == [], timeout_s=20)

@@ -1,0 +1,151 @@
+"""No layout changes what is learnt: tensor, sequence, pipeline and data parallel runs against a single process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_qwen2
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("worker.py")
+MODELS = ("tied", "untied")
+
+
+@dataclass(frozen=True)
+class Setup:
+    tensor: int
+    pipeline: int
+    sequence: bool
+    processes: int
+    continues: str = ""  # the layout whose checkpoint this one continues
+
+
+SETUPS = {
+    "single": Setup(1, 1, False, 1),
+    "tensor": Setup(2, 1, False, 2),
+    "sequence": Setup(2, 1, True, 2),
+    "data": Setup(1, 1, False, 2),
+    "pipeline": Setup(1, 2, False, 2, continues="tensor"),
+    "tensor x pipeline": Setup(2, 2, False, 4, continues="data"),
+}
+SPLIT = [name for name in SETUPS if name != "single"]
+Results = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The folder of a layout's results; each layout runs once, when it is first asked for."""
+    root = tmp_path_factory.mktemp("layouts")
+    for model in MODELS:
+        make_qwen2(root / "models" / model, tied=model == "tied")
+
+    def run(name: str) -> Path:
+        out = root / name
+        if out.exists():
+            return out
+        setup = SETUPS[name]
+        arguments = [root / "models", out, setup.tensor, setup.pipeline, int(setup.sequence)]
+        if setup.continues:
+            arguments.append(run(setup.continues))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        finished = subprocess.run(
+            [*torchrun, str(setup.processes), WORKER, *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert finished.returncode == 0, finished.stderr[-4000:]
+        return out
+
+    return run
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def updates(folder: Path, stage: str) -> list[dict[str, float]]:
+    """The metrics of every update of a stage, in order; a GRPO step makes several."""
+    steps = metrics(folder)[stage]
+    return [update for step in steps for update in step] if stage == "grpo" else steps
+
+
+def weights(folder: Path, name: str) -> dict[str, Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_weights_are_exported_to_the_same_bits(results, layout, model):
+    expected, found = (weights(results(name) / model, "before") for name in ("single", layout))
+    assert_close(found, expected, atol=0)
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("stage", ["grpo", "opsd"])
+def test_the_first_update_has_the_same_loss_and_gradient_norm(results, layout, stage, model):
+    expected, found = (updates(results(name) / model, stage)[0] for name in ("single", layout))
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7), name
+    assert expected["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("stage", ["grpo", "opsd"])
+def test_all_metrics_of_all_updates_are_the_same(results, layout, stage, model):
+    expected, found = (updates(results(name) / model, stage) for name in ("single", layout))
+    assert len(found) == len(expected) > 1
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+        assert one["is_skipped"] == 0.0
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+@pytest.mark.parametrize("stage", ["grpo", "opsd"])
+def test_trained_weights_are_the_same(results, layout, stage, model):
+    expected, found, before = (
+        weights(results(folder) / model, name)
+        for folder, name in (("single", stage), (layout, stage), ("single", "before"))
+    )
+    assert_close(found, expected, atol=1e-4)
+    moved = max((expected[name] - before[name]).abs().max().item() for name in before)
+    assert moved > 1e-3, "a comparison of weights that did not move would show nothing"
+
+
+@pytest.mark.parametrize("layout", SPLIT)
+def test_the_saved_adapters_are_the_same(results, layout, model):
+    expected, found = (
+        load_file(results(name) / model / "adapter" / "adapter_model.safetensors") for name in ("single", layout)
+    )
+    assert len(expected) == 4 * 7 * 2
+    assert_close(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [name for name in SPLIT if SETUPS[name].continues])
+def test_a_checkpoint_of_another_layout_continues_as_the_run_that_never_stopped(results, layout, model):
+    folder, original = results(layout) / model, results(SETUPS[layout].continues) / model
+    found, expected = metrics(folder)["continued"], metrics(original)["third"]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-4)
+    assert_close(weights(folder, "continued"), weights(original, "third"), atol=1e-4)

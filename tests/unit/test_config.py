@@ -1,0 +1,130 @@
+"""Settings: mistakes are answered with the way out, and every setting is explained."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from searche1.config import Config, config_keys, describe, load_config
+from searche1.types import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_without_a_file_everything_is_the_default():
+    assert load_config() == Config()
+
+
+def test_an_override_wins_over_the_file_and_the_file_over_the_default(tmp_path):
+    path = write(tmp_path, "grpo: {steps: 7, lr: 3e-6}\n")
+    config = load_config(path, ["grpo.steps=9", "run.out=runs/x"])
+    assert (config.grpo.steps, config.grpo.lr, config.run.out) == (9, 3e-6, "runs/x")
+    assert config.grpo.clip_eps == Config().grpo.clip_eps
+
+
+def test_lists_and_braces_survive_an_override():
+    config = load_config(overrides=["grpo.adam_betas=[0.8,0.95]", "prompt.user=<q> {question} </q>"])
+    assert tuple(config.grpo.adam_betas) == (0.8, 0.95)
+    assert config.prompt.user == "<q> {question} </q>"
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("grpo.clip_esp=0.3", "grpo.clip_eps"),
+        ("opsd.kl_clp=1", "opsd.kl_clip"),
+        ("rolout.group_size=4", "rollout"),
+        ("train.learning_chunk=4", "train.logits_chunk"),
+    ],
+)
+def test_a_key_that_does_not_exist_is_answered_with_the_nearest(typo, meant):
+    with pytest.raises(UserError, match=rf"'{typo.split('=')[0].split('.')[0]}.*Did you mean '{meant}'\?"):
+        load_config(overrides=[typo])
+
+
+def test_a_typo_in_a_file_is_answered_like_one_on_the_command_line(tmp_path):
+    with pytest.raises(UserError, match=r"Did you mean 'grpo\.clip_eps'\?.*searche1 config"):
+        load_config(write(tmp_path, "grpo:\n  clip_esp: 0.3\n"))
+
+
+@pytest.mark.parametrize("override", ["grpo.steps=many", "grpo.lr=fast", "parallel.sequence=2.5", "grpo.steps=1.5"])
+def test_a_value_of_the_wrong_type_is_named_with_its_key(override):
+    key, value = override.split("=")
+    with pytest.raises(UserError, match=f"config key '{key}'.*{value}"):
+        load_config(overrides=[override])
+
+
+def test_a_value_in_place_of_a_section_is_refused():
+    with pytest.raises(UserError, match=r"grpo=3: .*GRPOConfig"):
+        load_config(overrides=["grpo=3"])
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"config file not found: configs/none\.yaml"):
+        load_config("configs/none.yaml")
+
+
+def test_yaml_that_does_not_parse_is_named_with_its_line(tmp_path):
+    path = write(tmp_path, "grpo:\n  steps: 3\n bad indent: [\n")
+    with pytest.raises(UserError, match=r"(?s)config\.yaml is not valid YAML.*line 3"):
+        load_config(path)
+
+
+def test_an_override_that_does_not_parse_is_named():
+    with pytest.raises(UserError, match=r"^grpo\.adam_betas=\[0\.9 is not valid YAML"):
+        load_config(overrides=["grpo.adam_betas=[0.9"])
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "is a list"), ("just words\n", "'just words' not in")])
+def test_a_file_without_sections_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_config(write(tmp_path, "# nothing yet\n")) == Config()
+
+
+def test_an_override_without_a_value_shows_what_one_looks_like():
+    with pytest.raises(UserError, match=r"must be key=value, got 'grpo\.steps'; for example grpo\.steps=10"):
+        load_config(overrides=["grpo.steps"])
+
+
+def test_every_setting_is_described_with_its_value_and_a_comment():
+    lines = describe(Config()).splitlines()
+    assert len(lines) == len(config_keys())
+    for line, key in zip(lines, config_keys(), strict=True):
+        setting, _, comment = line.partition("  # ")
+        assert setting.startswith(f"  {key}: ")
+        assert len(comment) > 3, key
+
+
+def test_a_star_marks_what_is_not_the_default():
+    lines = describe(load_config(overrides=["grpo.steps=3", "model.path=some/model"])).splitlines()
+    assert [line.partition(":")[0] for line in lines if line.startswith("*")] == ["* model.path", "* grpo.steps"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_config_of_this_repository_loads_and_names_settings_that_exist(path):
+    config = load_config(path)
+    named = list(leaves(OmegaConf.to_container(OmegaConf.load(path))))
+    assert named and set(named) <= set(config_keys())
+    assert describe(config).count("\n* ") > 3
+
+
+def test_the_quickstart_configs_are_among_them():
+    assert {"quickstart.yaml", "quickstart-fast.yaml"} <= {path.name for path in CONFIGS.glob("*.yaml")}

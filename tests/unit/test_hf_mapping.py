@@ -1,0 +1,245 @@
+"""The one table between HuggingFace and Megatron weights, and what a folder that does not fit is told."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
+
+from megatron_ext.hf_io import HFReader, load_hf_weights, save_hf
+from megatron_ext.hf_mapping import (
+    EMBEDDING,
+    HEAD,
+    ModelShape,
+    from_shards,
+    interleave_qkv,
+    model_rules,
+    model_shape,
+    padded_vocab_size,
+    separate_qkv,
+    to_shard,
+)
+from megatron_ext.model import ModelSettings, build_model
+from megatron_ext.parallel import close_parallel, init_parallel
+
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=24,
+    ffn_size=20,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,  # heads x head size is not the hidden size: nothing may confuse the two
+    vocab_size=200,
+    max_positions=64,
+    norm_eps=1e-6,
+    rope_base=100.0,
+    has_qkv_bias=True,
+    tied_embeddings=False,
+)
+SIZES = {
+    "embed_tokens.weight": (200, 24),
+    "lm_head.weight": (200, 24),
+    "q_proj.weight": (48, 24),
+    "k_proj.weight": (16, 24),
+    "v_proj.weight": (16, 24),
+    "q_proj.bias": (48,),
+    "k_proj.bias": (16,),
+    "v_proj.bias": (16,),
+    "o_proj.weight": (24, 48),
+    "gate_proj.weight": (20, 24),
+    "up_proj.weight": (20, 24),
+    "down_proj.weight": (24, 20),
+    "input_layernorm.weight": (24,),
+    "post_attention_layernorm.weight": (24,),
+    "model.norm.weight": (24,),
+}
+
+
+def hf_tensor(name):
+    size = next(size for ending, size in SIZES.items() if name.endswith(ending))
+    return torch.randn(*size, generator=torch.Generator().manual_seed(len(name)))
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("rule", list(model_rules(SHAPE)), ids=lambda rule: rule.megatron)
+def test_every_rule_round_trips_to_the_same_bits(rule, tensor):
+    parts = [hf_tensor(name) for name in rule.hf]
+    shards = [to_shard(rule, parts, SHAPE, rank, tensor) for rank in range(tensor)]
+    assert len({shard.shape for shard in shards}) == 1
+    found = from_shards(rule, shards, SHAPE)
+    assert list(found) == list(rule.hf)
+    for part, name in zip(parts, rule.hf, strict=True):
+        assert torch.equal(found[name], part)
+
+
+def test_the_rules_name_every_tensor_of_the_family_once():
+    names = [name for rule in model_rules(SHAPE) for name in rule.hf]
+    assert len(names) == len(set(names)) == 3 + 12 * SHAPE.num_layers
+    tied = [name for rule in model_rules(replace(SHAPE, tied_embeddings=True)) for name in rule.hf]
+    assert sorted([*tied, "lm_head.weight"]) == sorted(names)
+    unbiased = [name for rule in model_rules(replace(SHAPE, has_qkv_bias=False)) for name in rule.hf]
+    assert unbiased == [name for name in names if not name.endswith("bias")]
+
+
+def test_each_key_value_group_holds_its_queries_then_its_key_then_its_value():
+    q, k, v = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11]), torch.tensor([20, 21])
+    assert interleave_qkv([q, k, v], num_kv_heads=2).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+@given(
+    kv_heads=st.integers(1, 4),
+    queries=st.integers(1, 4),
+    head_dim=st.integers(1, 5),
+    columns=st.none() | st.integers(1, 3),
+)
+def test_separating_undoes_interleaving(kv_heads, queries, head_dim, columns):
+    tail = () if columns is None else (columns,)
+    rows = (kv_heads * queries * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    parts = [torch.randn(n, *tail) for n in rows]
+    found = separate_qkv(interleave_qkv(parts, kv_heads), kv_heads, head_dim)
+    assert all(torch.equal(a, b) for a, b in zip(parts, found, strict=True))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("rule", [EMBEDDING, HEAD], ids=["embedding", "head"])
+def test_vocabulary_rows_past_the_real_ones_are_zero(rule, tensor):
+    whole = hf_tensor(rule.hf[0])
+    joined = torch.cat([to_shard(rule, [whole], SHAPE, rank, tensor) for rank in range(tensor)])
+    assert len(joined) == padded_vocab_size(200, tensor)
+    assert torch.equal(joined[:200], whole) and not joined[200:].any()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor", "padded"), [(200, 1, 256), (200, 4, 512), (256, 2, 256), (151936, 2, 152064)]
+)
+def test_the_padded_vocabulary_is_a_multiple_of_128_per_rank(vocab_size, tensor, padded):
+    assert padded_vocab_size(vocab_size, tensor) == padded
+
+
+# -- which checkpoints are understood -------------------------------------------------------------
+
+
+def test_the_shape_is_read_from_a_qwen2_config(tiny_qwen2):
+    config = AutoConfig.from_pretrained(tiny_qwen2)
+    shape = model_shape(config)
+    assert (shape.num_layers, shape.hidden_size, shape.ffn_size, shape.vocab_size) == (4, 64, 96, 200)
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 2, 16)
+    assert shape.rope_base == 100.0 and shape.has_qkv_bias
+    assert shape.tied_embeddings == config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LlamaConfig(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+        (GPT2Config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+        (Qwen2Config(), "unknown"),
+    ],
+)
+def test_an_architecture_without_rules_is_named_with_those_that_have_them(config, named):
+    with pytest.raises(ValueError, match=f"{named}.*Qwen2ForCausalLM.*hf_mapping"):
+        model_shape(config)
+
+
+def test_attention_that_this_model_cannot_compute_is_refused():
+    family = {"architectures": ["Qwen2ForCausalLM"]}
+    with pytest.raises(ValueError, match="sliding-window"):
+        model_shape(Qwen2Config(**family, use_sliding_window=True))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 1024}
+    with pytest.raises(ValueError, match="'yarn' is not supported"):
+        model_shape(Qwen2Config(**family, rope_parameters=yarn))
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layout():
+    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
+    close_parallel()
+
+
+@pytest.fixture
+def load(tiny_qwen2, layout, tmp_path):
+    """Loads the tiny model's folder after its tensors were changed."""
+
+    def run(change):
+        folder = tmp_path / "changed"
+        shutil.copytree(tiny_qwen2, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shape = model_shape(AutoConfig.from_pretrained(folder))
+        load_hf_weights(build_model(shape, ModelSettings(torch.float32, "none"), layout), folder, shape, layout)
+
+    return run
+
+
+def test_a_missing_tensor_is_named(load):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*model\.layers\.2\.self_attn\.k_proj\.bias"):
+        load(lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
+
+
+def test_a_tensor_without_a_rule_is_named(load):
+    with pytest.raises(ValueError, match=r"1 tensors without a mapping rule.*model\.layers\.0\.self_attn\.q_norm"):
+        load(lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
+
+
+def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(load):
+    load(lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", (64, 90)),
+        ("model.layers.1.mlp.up_proj.weight", (90, 64)),
+        ("model.layers.1.self_attn.q_proj.weight", (32, 64)),
+        ("model.layers.1.self_attn.k_proj.bias", (16,)),
+        ("model.norm.weight", (32,)),
+        ("model.embed_tokens.weight", (200, 32)),
+    ],
+)
+def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(load, name, size):
+    with pytest.raises(ValueError, match=r"gives \(.*needs \(.*config\.json do not belong together"):
+        load(lambda tensors: tensors.update({name: torch.zeros(size)}))
+
+
+@pytest.mark.parametrize("rows", [190, 210])
+def test_an_embedding_that_padding_would_make_fit_is_refused(load, rows):
+    with pytest.raises(ValueError, match=rf"embed_tokens\.weight.* has {rows} rows .* a vocabulary of 200"):
+        load(lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(rows, 64)}))
+
+
+def test_a_folder_without_safetensors_is_told_what_is_needed(tmp_path):
+    with pytest.raises(ValueError, match=r"no model\.safetensors and no model\.safetensors\.index\.json"):
+        HFReader(tmp_path)
+
+
+def test_a_folder_written_in_several_shards_reads_back_the_same(tiny_qwen2, tmp_path):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    save_hf(tensors.items(), out=tmp_path / "out", config_from=tiny_qwen2, shard_bytes=2 * largest)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    reader = HFReader(tmp_path / "out")
+    assert reader.names() == set(tensors)
+    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "out" / "config.json").read_text() == (tiny_qwen2 / "config.json").read_text()
+
+
+def test_a_write_that_dies_leaves_no_folder(tiny_qwen2, tmp_path):
+    def dying():
+        yield "model.norm.weight", torch.ones(4)
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        save_hf(dying(), out=tmp_path / "out", config_from=tiny_qwen2)
+    assert not (tmp_path / "out").exists()

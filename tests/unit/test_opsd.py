@@ -1,0 +1,437 @@
+"""OPSD: which pairs are mined, what the loss weighs, and what the round keeps."""
+
+import contextlib
+import json
+import random
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.vocab_parallel import ClippedKL
+from searche1.config import Config, DataConfig, EvalConfig, OPSDConfig, PairsConfig, PoolConfig
+from searche1.opsd import (
+    TrainedPair,
+    batch_order,
+    collect_pairs,
+    compared_text,
+    decayed,
+    mine_pair,
+    opsd_loss,
+    random_cut,
+    teacher_check,
+    train_adapter,
+    trained_pairs,
+)
+from searche1.packing import Sample
+from searche1.types import Group, Question, Span, Trajectory, UserError
+
+QUESTION = Question("1", "who wrote it?", ("ann",), "nq")
+
+
+def trajectory(text="a", *, searches=0, length=None, status="answered", seen="doc"):
+    """One turn a search, then an answer whose text is `text`; `length` is the number of the answer's tokens."""
+    spans = []
+    for _ in range(searches):
+        spans.append(Span("policy", "search", (1,), (-1.0,), "s"))
+        spans.append(Span("environment", "information", (2, 3), (), seen))
+    count = length if length is not None else 2
+    spans.append(Span("policy", "answer", (4,) * count, (-1.0,) * count, text))
+    return Trajectory((9, 9), tuple(spans), status)
+
+
+def mine(*scored, **settings):
+    """The outcome, and the indices of reference and student, of a group of (trajectory, reward)."""
+    trajectories, rewards = zip(*scored, strict=True)
+    pair, record = mine_pair(Group(QUESTION, trajectories, rewards), PairsConfig(**settings))
+    assert (pair is not None) == (record.outcome == "pair")
+    if pair is not None:
+        assert pair.reference is trajectories[record.reference] and pair.student is trajectories[record.student]
+        assert pair.student_reward == rewards[record.student] and pair.distance == record.distance > 0
+    return record.outcome, record.reference, record.student
+
+
+# -- the reference --------------------------------------------------------------------------------
+
+
+def test_a_question_without_a_correct_trajectory_gives_no_pair():
+    assert mine((trajectory("a"), 0.0), (trajectory("b"), 0.0)) == ("no correct trajectory", None, None)
+
+
+def test_the_reference_has_the_fewest_searches_whatever_its_length():
+    short, thrifty = trajectory("xy", searches=2, length=1), trajectory("xyz", searches=1, length=50)
+    assert mine((short, 1.0), (thrifty, 1.0), (trajectory("wrong"), 0.0))[1] == 1
+
+
+def test_of_equally_many_searches_the_shortest_response_is_the_reference():
+    long, short = trajectory("xy", searches=1, length=9), trajectory("xyz", searches=1, length=8)
+    assert mine((long, 1.0), (short, 1.0), (trajectory("wrong"), 0.0))[1] == 1
+
+
+def test_of_equals_the_first_is_the_reference():
+    assert mine((trajectory("wrong"), 0.0), (trajectory("x"), 1.0), (trajectory("y"), 1.0))[1] == 1
+
+
+def test_a_cheap_wrong_trajectory_is_no_reference():
+    assert mine((trajectory("wrong"), 0.0), (trajectory("right", searches=4), 1.0))[1] == 1
+
+
+def test_a_reference_may_be_asked_to_search():
+    guessed, searched = trajectory("x"), trajectory("y", searches=2)
+    wrong = (trajectory("wrong"), 0.0)
+    assert mine((guessed, 1.0), (searched, 1.0), wrong)[1] == 0
+    assert mine((guessed, 1.0), (searched, 1.0), wrong, min_ref_searches=1)[1] == 1
+    assert mine((guessed, 1.0), wrong, min_ref_searches=1)[0] == "no correct trajectory"
+
+
+# -- the student ----------------------------------------------------------------------------------
+
+
+def test_a_wrong_sibling_is_preferred_to_a_more_different_correct_one():
+    assert mine((trajectory("aaaa"), 1.0), (trajectory("zzzzzzzz"), 1.0), (trajectory("aaab"), 0.0))[2] == 2
+
+
+def test_the_most_different_wrong_sibling_is_the_student():
+    assert mine((trajectory("aaaa"), 1.0), (trajectory("aaab"), 0.0), (trajectory("bbbb"), 0.0))[2] == 2
+
+
+def test_difference_is_a_share_so_running_on_is_not_difference():
+    """Ten insertions among 50 characters differ less than four replacements among four."""
+    runs_on, differs = trajectory("a" * 40 + "b" * 10), trajectory("b" * 4)
+    assert mine((trajectory("a" * 40), 1.0), (runs_on, 0.0), (differs, 0.0))[2] == 2
+
+
+def test_of_equally_different_siblings_the_first_is_the_student():
+    assert mine((trajectory("aaaa"), 1.0), (trajectory("aaac"), 0.0), (trajectory("aaab"), 0.0))[2] == 1
+
+
+def test_when_all_are_correct_the_most_different_other_one_is_the_student():
+    assert mine((trajectory("aaaa"), 1.0), (trajectory("aaab"), 1.0), (trajectory("bbbb"), 1.0)) == ("pair", 0, 2)
+
+
+def test_a_student_that_equals_its_reference_is_dropped():
+    assert mine((trajectory("same"), 1.0), (trajectory("same"), 1.0)) == ("student equals reference", 0, 1)
+
+
+def test_a_group_of_one_has_no_sibling():
+    assert mine((trajectory("x"), 1.0)) == ("no sibling", 0, None)
+    assert mine((trajectory("x"), 0.0))[0] == "no correct trajectory"
+
+
+def test_a_trajectory_with_a_fault_is_neither_reference_nor_student():
+    faulty = trajectory("zzzz", status="error")
+    assert mine((faulty, 1.0), (trajectory("aaaa", searches=3), 1.0), (trajectory("aaab"), 0.0)) == ("pair", 1, 2)
+    assert mine((trajectory("aaaa"), 1.0), (faulty, 0.0), (trajectory("aaab"), 0.0)) == ("pair", 0, 2)
+    assert mine((faulty, 1.0), (trajectory("aaaa"), 0.0))[0] == "no correct trajectory"
+    assert mine((trajectory("aaaa"), 1.0), (faulty, 0.0))[0] == "no sibling"
+
+
+def test_texts_are_compared_with_or_without_what_the_policy_only_read():
+    reference = trajectory("aaaa", searches=1, seen="doc")
+    read_else, said_else = trajectory("aaaa", searches=1, seen="x" * 90), trajectory("bbbb", searches=1, seen="doc")
+    scored = ((reference, 1.0), (read_else, 0.0), (said_else, 0.0))
+    assert mine(*scored, text="full")[2] == 1
+    assert mine(*scored, text="policy")[2] == 2
+    assert compared_text(reference, "full") == "sdocaaaa" and compared_text(reference, "policy") == "saaaa"
+    with pytest.raises(UserError, match="full or policy, got 'all'"):
+        compared_text(reference, "all")
+
+
+drawn_groups = st.lists(
+    st.tuples(
+        st.builds(
+            trajectory,
+            st.text("ab", max_size=6),
+            searches=st.integers(0, 3),
+            length=st.integers(0, 4),
+            status=st.sampled_from(["answered", "unanswered", "error"]),
+        ),
+        st.sampled_from([0.0, 1.0]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(drawn_groups)
+def test_every_pair_follows_the_rules_and_mining_twice_finds_the_same(scored):
+    outcome, reference, student = mine(*scored)
+    assert mine(*scored) == (outcome, reference, student)
+    valid = [k for k, (t, _) in enumerate(scored) if t.status != "error"]
+    cheapest = min((scored[k][0].num_searches for k in valid if scored[k][1] == 1.0), default=None)
+    assert (outcome == "no correct trajectory") == (cheapest is None)
+    if reference is not None:
+        assert reference in valid and scored[reference][1] == 1.0
+        assert scored[reference][0].num_searches == cheapest
+    if student is not None:
+        assert student in valid and student != reference and scored[student][0].num_policy_tokens
+        others = [k for k in valid if k != reference and scored[k][0].num_policy_tokens]
+        assert scored[student][1] == min(scored[k][1] for k in others)
+
+
+def test_the_audit_record_tells_the_whole_group():
+    scored = [(trajectory("aaaa", searches=1), 1.0), (trajectory("aabb", searches=3), 0.0), (trajectory("x"), 0.0)]
+    trajectories, rewards = zip(*scored, strict=True)
+    _, record = mine_pair(Group(QUESTION, trajectories, rewards), PairsConfig(text="policy"))
+    assert (record.question, record.outcome) == ("nq:1", "pair")
+    assert (record.rewards, record.num_searches) == ((1.0, 0.0, 0.0), (1, 3, 0))
+    assert (record.reference, record.student, record.distance) == (0, 2, 1.0)
+
+
+# -- the loss and its schedule --------------------------------------------------------------------
+
+
+def test_the_loss_is_the_weighted_sum_and_only_the_clipped_part_has_a_gradient():
+    loss = torch.tensor([0.2, 0.5, -0.1], requires_grad=True)
+    kl = ClippedKL(loss, torch.tensor([0.2, 3.0, -0.1]), torch.tensor([0.0, 0.8, 0.0]))
+    weights = torch.tensor([0.25, 0.25, 0.5])
+    value, metrics = opsd_loss(kl, weights)
+    value.backward()
+    assert torch.equal(loss.grad, weights)
+    expected = {"loss": 0.125, "kl": 0.75, "clip_fraction": 0.2}
+    assert {name: metric.item() for name, metric in metrics.items()} == pytest.approx(expected)
+    assert not metrics["loss"].requires_grad
+
+
+@given(
+    num_pairs=st.integers(1, 60),
+    size=st.integers(1, 20),
+    epochs=st.integers(1, 4),
+    max_steps=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_batches_are_full_and_visit_a_pair_once_an_epoch(num_pairs, size, epochs, max_steps, seed):
+    settings = OPSDConfig(pairs_per_step=size, epochs=epochs, max_steps=max_steps)
+    order = batch_order(num_pairs, settings, seed=seed)
+    assert order == batch_order(num_pairs, settings, seed=seed)
+    size = min(size, num_pairs)
+    per_epoch = num_pairs // size
+    assert len(order) == min(max_steps, epochs * per_epoch)
+    assert all(len(batch) == size for batch in order)
+    for start in range(0, len(order), per_epoch):
+        seen = [k for batch in order[start : start + per_epoch] for k in batch]
+        assert len(set(seen)) == len(seen) and set(seen) <= set(range(num_pairs))
+
+
+def test_epochs_and_seeds_shuffle_anew():
+    settings = OPSDConfig(pairs_per_step=20, epochs=2, max_steps=9)
+    first, second = batch_order(20, settings, seed=0)
+    assert first != second and sorted(first) == sorted(second) == list(range(20))
+    assert batch_order(20, settings, seed=1)[0] != first
+
+
+def test_a_linear_rate_reaches_zero_behind_the_last_update():
+    rates = [decayed(4.0, "linear", step=step, num_steps=4) for step in range(4)]
+    assert rates == [4.0, 3.0, 2.0, 1.0]
+    assert [decayed(4.0, "constant", step=step, num_steps=4) for step in range(4)] == [4.0] * 4
+    with pytest.raises(UserError, match="constant or linear, got 'cosine'"):
+        decayed(4.0, "cosine", step=0, num_steps=4)
+
+
+# -- the round, with a session and a policy that only keep books -----------------------------------
+
+
+@dataclass
+class BookSession:
+    """Answers as a session does; `rollouts` and `continuations` say what was asked for."""
+
+    config: Config
+    respond: object = None  # question -> (trajectory, reward), ...
+    validation_ems: list = field(default_factory=list)
+    rollouts: list = field(default_factory=list)
+    continuations: list = field(default_factory=list)
+    said: list = field(default_factory=list)
+    metrics: None = None
+    layout: object = field(default_factory=lambda: SimpleNamespace(is_writer=True))
+
+    def from_writer(self, function):
+        return function()
+
+    def tell(self, message):
+        self.said.append(message)
+
+    def encode(self, text):
+        return tuple(ord(letter) for letter in text)
+
+    def sync(self, policy, *, stage):
+        pass
+
+    def rollout(self, questions, **how):
+        self.rollouts.append([question.key for question in questions])
+        if self.validation_ems:
+            em = self.validation_ems.pop(0)
+            half = len(questions) * em
+            return [Group(q, (trajectory(),), (float(k < half),)) for k, q in enumerate(questions)]
+        return [Group(q, *zip(*self.respond(q), strict=True)) for q in questions]
+
+    def continue_trajectories(self, starts, **how):
+        self.continuations.append(starts)
+        reward = float(len(self.continuations) == 1)  # the teacher, who is asked first, is always right
+        return [Group(start.question, (trajectory(),), (reward,)) for start in starts]
+
+
+@dataclass
+class BookPolicy:
+    """Counts updates; its "adapter" is their number."""
+
+    version: int = 0
+    layout: object = field(default_factory=lambda: SimpleNamespace(sequence=False, tensor=1, data_rank=0, data=1))
+
+    def adapter_disabled(self):
+        return contextlib.nullcontext()
+
+    def hidden_rows(self, batches):
+        return [torch.zeros(len(batch.targets), 1) for batch in batches]
+
+    def train_step(self, batches, loss, *, lr):
+        self.version += 1
+        return {"loss": 0.0}
+
+    def snapshot(self):
+        return {"adapter": self.version}
+
+
+def write_questions(path, count):
+    rows = [
+        {"id": str(k), "question": f"who is {k}?", "golden_answers": ["ann"], "data_source": "nq"} for k in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+PAIRS = [TrainedPair(Sample((1,), (2, 3), (True, True)), Sample((1, 1), (2, 3), (True, True)))] * 4
+
+
+@pytest.mark.parametrize(
+    ("ems", "best"),
+    [
+        ([0.5, 0.25, 0.25, 0.25], 0),
+        ([0.5, 0.5, 0.5, 0.5], 0),
+        ([0.25, 0.5, 0.75, 0.75], 4),
+        ([0.25, 0.75, 0.5, 0.75], 2),
+        ([0.25, 0.25, 0.5, 1.0], 5),
+    ],
+)
+def test_the_adapter_with_the_best_validation_em_is_kept_and_ties_keep_the_earlier(tmp_path, ems, best):
+    """Five updates, validated after the second, the fourth and the last; no adapter is a candidate too."""
+    settings = OPSDConfig(pairs_per_step=4, epochs=5, max_steps=5, validate_every=2)
+    config = Config(opsd=settings, data=DataConfig(validation=write_questions(tmp_path / "v.jsonl", 4)))
+    session = BookSession(replace(config, eval=EvalConfig()), validation_ems=list(ems))
+    policy = BookPolicy()
+    assert train_adapter(session, policy, PAIRS, stage="opsd", round_index=0) == {"adapter": best}
+    assert policy.version == 5 and len(session.rollouts) == 4
+
+
+def answers(question):
+    """Questions with an even id are answered right once, the others never."""
+    is_pair = int(question.id) % 2 == 0
+    return [(trajectory(f"right {question.id}"), float(is_pair)), (trajectory(f"wrong {question.id}"), 0.0)]
+
+
+def pool_config(tmp_path, **pool):
+    train = write_questions(tmp_path / "train.jsonl", 12)
+    return Config(data=DataConfig(train=train), pool=PoolConfig(**{"chunk_questions": 4, **pool}))
+
+
+def test_questions_are_rolled_out_until_the_pairs_suffice(tmp_path):
+    session = BookSession(pool_config(tmp_path), respond=answers)
+    groups, pairs = collect_pairs(session, tmp_path, round_index=0, num_pairs_wanted=3, stage="opsd")
+    assert len(pairs) >= 3 and len(groups) == 4 * len(session.rollouts) < 12
+    everything = BookSession(pool_config(tmp_path, max_questions=12), respond=answers)
+    groups, pairs = collect_pairs(everything, tmp_path / "all", round_index=0, num_pairs_wanted=3, stage="opsd")
+    assert (len(groups), len(pairs)) == (12, 6)
+    assert len({key for keys in everything.rollouts for key in keys}) == 12
+
+
+def test_a_pool_that_was_interrupted_goes_on_where_it_stopped(tmp_path):
+    first = BookSession(pool_config(tmp_path), respond=answers)
+    found = collect_pairs(first, tmp_path, round_index=0, num_pairs_wanted=99, stage="opsd")
+    (tmp_path / "pool" / "groups_00001.jsonl.gz").unlink()
+    again = BookSession(pool_config(tmp_path), respond=answers)
+    assert collect_pairs(again, tmp_path, round_index=0, num_pairs_wanted=99, stage="opsd") == found
+    assert again.rollouts == [first.rollouts[1]]
+
+
+def test_every_question_has_a_line_that_says_why_it_gave_its_pair_or_none(tmp_path):
+    session = BookSession(pool_config(tmp_path), respond=answers)
+    collect_pairs(session, tmp_path, round_index=0, num_pairs_wanted=99, stage="opsd")
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    for row in rows:
+        is_pair = int(row["question"].removeprefix("nq:")) % 2 == 0
+        assert row["outcome"] == ("pair" if is_pair else "no correct trajectory")
+        assert row["student"] == (1 if is_pair else None)
+
+
+def test_a_pool_without_a_single_pair_stops_the_run(tmp_path):
+    session = BookSession(pool_config(tmp_path), respond=lambda question: [(trajectory(), 0.0)])
+    with pytest.raises(UserError, match=r"no pair could be mined from 12 questions \(see .*pairs\.jsonl\)"):
+        collect_pairs(session, tmp_path, round_index=0, num_pairs_wanted=3, stage="opsd")
+    assert (tmp_path / "pairs.jsonl").is_file()
+
+
+def mined_pair(question=QUESTION, student=None, reference="the reference"):
+    student = student or trajectory("wrong", searches=2)
+    pair, _ = mine_pair(Group(question, (trajectory(reference), student), (1.0, 0.0)), PairsConfig())
+    return pair
+
+
+def test_the_teacher_reads_the_reference_and_answers_with_the_students_own_tokens():
+    pair = mined_pair()
+    session = BookSession(Config())
+    (trained,) = trained_pairs(session, [pair])
+    assert trained.student == Sample(pair.student.prompt_ids, pair.student.response_ids, pair.student.policy_mask)
+    assert trained.teacher == replace(trained.student, prompt_ids=trained.teacher.prompt_ids)
+    prompt = "".join(chr(letter) for letter in trained.teacher.prompt_ids)
+    assert "the reference" in prompt and "who wrote it?" in prompt and "wrong" not in prompt
+    assert session.said == []
+
+
+def test_a_teacher_sequence_that_is_too_long_drops_its_pair_and_nothing_else():
+    pairs = [mined_pair(), mined_pair(reference="r" * 5000), mined_pair(reference="short")]
+    session = BookSession(Config(opsd=OPSDConfig(max_teacher_tokens=3000)))
+    assert trained_pairs(session, pairs) == trained_pairs(BookSession(Config()), [pairs[0], pairs[2]])
+    assert "1 pairs dropped" in session.said[0]
+    with pytest.raises(UserError, match=r"no pair fits opsd\.max_teacher_tokens=3000"):
+        trained_pairs(session, [pairs[1]])
+
+
+# -- the teacher check ----------------------------------------------------------------------------
+
+
+@given(st.integers(0, 4), st.integers(0, 99))
+def test_a_cut_keeps_nothing_or_ends_with_an_observation(searches, seed):
+    cut_at = trajectory(searches=searches)
+    cut = random_cut(cut_at, random.Random(seed))
+    assert cut == 0 or cut_at.spans[cut - 1].kind == "information"
+
+
+def test_every_observation_may_be_the_last_that_is_kept():
+    generator = random.Random(0)
+    assert {random_cut(trajectory(searches=3), generator) for _ in range(100)} == {0, 2, 4, 6}
+
+
+def test_the_teacher_check_continues_wrong_students_from_the_same_cuts_under_both_prompts():
+    questions = [replace(QUESTION, id=str(k)) for k in range(6)]
+    pairs = [mined_pair(question) for question in questions]
+    pairs[0] = replace(pairs[0], student_reward=1.0)
+    session = BookSession(Config(opsd=OPSDConfig(teacher_check_questions=4)))
+    check = teacher_check(session, [], pairs, round_index=0)
+    assert (check.num_starts, check.teacher_em, check.student_em, check.gap) == (4, 1.0, 0.0, 1.0)
+    with_reference, without = session.continuations
+    assert [start.question.id for start in with_reference] == ["1", "2", "3", "4"]
+    for teacher, student, pair in zip(with_reference, without, pairs[1:], strict=False):
+        assert teacher.spans == student.spans == pair.student.spans[: len(student.spans)]
+        assert student.prompt_ids == pair.student.prompt_ids
+        assert "the reference" in "".join(chr(letter) for letter in teacher.prompt_ids)
+
+
+def test_the_teacher_check_can_be_switched_off_and_needs_a_wrong_student():
+    session = BookSession(Config(opsd=OPSDConfig(teacher_check_questions=0)))
+    assert teacher_check(session, [], [mined_pair()], round_index=0) is None
+    session = BookSession(Config())
+    assert teacher_check(session, [], [replace(mined_pair(), student_reward=1.0)], round_index=0) is None
+    assert session.continuations == []

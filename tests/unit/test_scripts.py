@@ -1,0 +1,260 @@
+"""The shell scripts: what they refuse, what they promise, and that an environment is never half used.
+
+The environment tests run the real scripts/env.sh with a fake Python that writes down what it was asked to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
+WITH_FLAGS = ("quickstart.sh", "gpu_check.sh", "make_gpu_bundle.sh")
+
+# Answers the version question, makes "environments" with a copy of itself, and refuses what $FAKE/refuse holds.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+-c*) echo 3.11 ;;
+"-m venv "*) echo "venv" >>"$FAKE/calls"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip install "*)
+    echo "pip ${*:5}" >>"$FAKE/calls"
+    if [ -s "$FAKE/refuse" ] && [[ "$*" == *"$(cat "$FAKE/refuse")"* ]]; then echo "ERROR: refused"; exit 1; fi
+    bin=$(dirname "$0")
+    printf '#!/bin/sh\nfor word; do echo "[$word]"; done\n' >"$bin/searche1"
+    chmod +x "$bin/searche1" ;;
+esac
+"""
+
+
+def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs with `variables` and no setting of the caller's that changes what the scripts do."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SEARCHE1_", "OMP_"))}
+    env = {**inherited, **variables}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+
+
+class Checkout:
+    """A checkout with a two-package lock and a fake Python, in a folder whose name has a space."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a checkout"
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        (self.root / "requirements").mkdir()
+        self.lock = self.root / "requirements" / "cpu.txt"
+        self.lock.write_text("# a comment\nidna==3.20\ntorch==2.13.0+cpu\n")
+        self.setup = self.root / "setup.py"
+        self.setup.write_text("# version 1\n")
+        self.fakes = folder / "fake"
+        self.fakes.mkdir()
+        self.python = self.program("python3.11", FAKE_PYTHON)
+        self.program("df", "#!/bin/sh\necho; echo disk 0 0 104857600\n")  # 100 GB free
+        self.program("nvidia-smi", "#!/bin/sh\nexit 9\n")
+        self.venv = self.root / ".venv"
+
+    def program(self, name: str, text: str) -> Path:
+        """Puts a program on the scripts' PATH, before the machine's own."""
+        path = self.fakes / name
+        path.write_text(text)
+        path.chmod(0o755)
+        return path
+
+    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs from a directory that is not the checkout."""
+        path = f"{self.fakes}:{os.environ['PATH']}"
+        fixed = {"PATH": path, "FAKE": str(self.fakes), "SEARCHE1_PYTHON": str(self.python)}
+        return run(list(command), self.root.parent, **{**fixed, **variables})
+
+    def make_env(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.run("bash", str(self.root / "scripts" / "env.sh"), **variables)
+
+    def refuse(self, text: str) -> None:
+        (self.fakes / "refuse").write_text(text)
+
+    def calls(self) -> list[str]:
+        """What the fake Python was asked since the last look: "venv", "packages", "project" or "torch"."""
+        log = self.fakes / "calls"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [
+            "packages" if " -r " in line else "project" if " -e " in line else "torch" if "torch==" in line else line
+            for line in lines
+        ]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_valid_bash_and_can_be_executed(script: Path):
+    assert run(["bash", "-n", str(script)], ROOT).stderr == ""
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.parametrize("name", WITH_FLAGS)
+def test_an_unknown_flag_is_refused_in_one_line_before_anything_is_made(name: str, checkout: Checkout):
+    result = checkout.run("bash", str(checkout.root / "scripts" / name), "--fsat")
+    assert result.returncode == 2
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert "--fsat" in result.stderr and "--help" in result.stderr
+    assert checkout.calls() == [] and not checkout.venv.exists()
+
+
+@pytest.mark.parametrize("name", [*WITH_FLAGS, "test.sh"])
+def test_help_needs_no_environment(name: str, checkout: Checkout):
+    result = checkout.run("bash", str(checkout.root / "scripts" / name), "--help")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: scripts/{name}")
+    assert checkout.calls() == [] and not checkout.venv.exists()
+
+
+@pytest.mark.parametrize("flags", ["--seed", "--seed one", "--seed=-1", "--device tpu", "--out=", "x"])
+def test_quickstart_refuses_a_flag_without_a_fitting_value(flags: str, checkout: Checkout):
+    result = checkout.run("bash", str(checkout.root / "scripts" / "quickstart.sh"), *flags.split())
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert checkout.calls() == []
+
+
+def test_quickstart_makes_the_environment_and_hands_its_arguments_to_one_command(checkout: Checkout):
+    script = str(checkout.root / "scripts" / "quickstart.sh")
+    result = checkout.run("bash", script, "--fast", "--seed=7", "--device", "cpu", "--new", "grpo.steps=2")
+    assert result.returncode == 0, result.stderr
+    words = ["quickstart", "--fast", "--seed", "7", "--device", "cpu", "--new", "grpo.steps=2"]
+    assert result.stdout.splitlines() == [f"[{word}]" for word in words]
+
+
+def test_a_relative_run_folder_is_the_callers(checkout: Checkout, tmp_path: Path):
+    script = str(checkout.root / "scripts" / "quickstart.sh")
+    from_beside = checkout.run("bash", script, "--out", "my run")
+    assert from_beside.stdout.splitlines() == ["[quickstart]", "[--out]", f"[{tmp_path}/my run]"]
+    from_within = checkout.run("bash", "-c", "cd 'a checkout' && scripts/quickstart.sh --out 'my run'")
+    assert from_within.stdout.splitlines() == ["[quickstart]", "[--out]", "[my run]"]
+
+
+def test_the_environment_is_made_once(checkout: Checkout):
+    first = checkout.make_env()
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == f"{checkout.venv}\n"
+    assert "installing 2 packages" in first.stderr
+    assert checkout.calls() == ["venv", "torch", "packages", "project"]
+    second = checkout.make_env()
+    assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
+    assert checkout.calls() == []
+
+
+def test_an_install_that_broke_off_is_done_again_from_the_start(checkout: Checkout):
+    checkout.refuse("-r ")
+    broken = checkout.make_env()
+    assert broken.returncode == 1 and broken.stdout == ""
+    assert "ERROR: refused" in broken.stderr and "install.log" in broken.stderr
+    (checkout.venv / "half a package").touch()
+    checkout.refuse("")
+    checkout.calls()
+    assert checkout.make_env().returncode == 0
+    assert checkout.calls() == ["venv", "torch", "packages", "project"]
+    assert not (checkout.venv / "half a package").exists()
+
+
+def test_a_changed_lock_makes_the_environment_anew_and_a_changed_setup_only_installs_the_project(checkout: Checkout):
+    checkout.make_env()
+    checkout.calls()
+    checkout.setup.write_text("# version 2\n")
+    assert checkout.make_env().returncode == 0
+    assert checkout.calls() == ["project"]
+    checkout.lock.write_text("idna==3.20\n")
+    assert checkout.make_env().returncode == 0
+    assert checkout.calls() == ["venv", "packages", "project"]
+
+
+def test_a_checkout_that_moved_gets_a_new_environment(checkout: Checkout):
+    checkout.make_env()
+    checkout.calls()
+    moved = checkout.root.rename(checkout.root.with_name("moved"))
+    result = checkout.run("bash", str(moved / "scripts" / "env.sh"))
+    assert result.stdout == f"{moved}/.venv\n"
+    assert checkout.calls() == ["venv", "torch", "packages", "project"]
+
+
+def test_cpu_torch_comes_from_pytorch_where_the_configured_sources_lack_it(checkout: Checkout):
+    checkout.refuse("--progress-bar off torch==2.13.0+cpu")
+    result = checkout.make_env()
+    assert result.returncode == 0, result.stderr
+    assert "PyTorch's CPU index" in result.stderr
+    assert checkout.calls() == ["venv", "torch", "torch", "packages", "project"]
+
+
+def test_a_folder_that_somebody_else_made_is_left_alone(checkout: Checkout):
+    checkout.venv.mkdir()
+    (checkout.venv / "precious").touch()
+    result = checkout.make_env()
+    assert result.returncode == 1 and "did not make it" in result.stderr
+    assert [path.name for path in checkout.venv.iterdir()] == ["precious"]
+
+
+def test_a_python_of_another_version_is_refused_with_a_way_out(checkout: Checkout):
+    checkout.program("python3.11", FAKE_PYTHON.replace("echo 3.11", "echo 3.9"))
+    result = checkout.make_env()
+    assert result.returncode == 1
+    assert "needs Python 3.11" in result.stderr and "SEARCHE1_PYTHON=" in result.stderr
+
+
+def test_a_gpu_asked_for_where_none_is_listed_is_refused(checkout: Checkout):
+    result = checkout.make_env(SEARCHE1_DEVICE="cuda")
+    assert result.returncode == 1 and "lists no GPU" in result.stderr
+    assert checkout.calls() == []
+
+
+def test_a_gpu_brings_the_gpu_lock_and_its_python(checkout: Checkout):
+    checkout.program("nvidia-smi", "#!/bin/sh\necho 'GPU 0: a card'\n")
+    shutil.copy(ROOT / "requirements" / "gpu-sglang0.5.21-py312.txt", checkout.root / "requirements")
+    result = checkout.make_env()
+    assert result.returncode == 1
+    assert "gpu-sglang0.5.21-py312.txt needs Python 3.12" in result.stderr and "--device cpu" in result.stderr
+
+
+def test_too_small_a_disk_is_told_before_the_download(checkout: Checkout):
+    checkout.program("df", "#!/bin/sh\necho; echo disk 0 0 1048576\n")
+    result = checkout.make_env()
+    assert result.returncode == 1
+    assert "needs 4 GB" in result.stderr and "has 1 GB free" in result.stderr
+    assert checkout.calls() == []
+
+
+def test_two_shells_at_once_install_once(checkout: Checkout):
+    checkout.program("python3.11", FAKE_PYTHON.replace("echo 3.11", "sleep 0.5; echo 3.11"))
+    script = f"bash '{checkout.root}/scripts/env.sh'"
+    result = checkout.run("bash", "-c", f"{script} & {script}; first=$?; wait $! && exit $first")
+    assert result.returncode == 0 and result.stdout == f"{checkout.venv}\n" * 2, result.stderr
+    assert checkout.calls() == ["venv", "torch", "packages", "project"]
+
+
+def test_sourcing_activates_and_keeps_a_chosen_number_of_threads(checkout: Checkout):
+    command = f'source "{checkout.root}/scripts/env.sh" && command -v searche1 && echo "$OMP_NUM_THREADS"'
+    assert checkout.run("bash", "-c", command).stdout.splitlines() == [f"{checkout.venv}/bin/searche1", "1"]
+    assert checkout.run("bash", "-c", command, OMP_NUM_THREADS="6").stdout.splitlines()[-1] == "6"
+
+
+def test_a_failed_environment_does_not_end_the_shell_that_sources_it(checkout: Checkout):
+    checkout.refuse("-r ")
+    command = f'source "{checkout.root}/scripts/env.sh" || echo "still here"'
+    assert checkout.run("bash", "-c", command).stdout == "still here\n"
+
+
+def test_a_bundle_runs_the_checkout_on_the_python_that_is_there(checkout: Checkout, tmp_path: Path):
+    (tmp_path / "bundle" / "site").mkdir(parents=True)
+    command = f'source "{checkout.root}/scripts/env.sh" && echo "$PYTHONPATH"'
+    result = checkout.run("bash", "-c", command, SEARCHE1_BUNDLE="bundle", PYTHONPATH="")
+    assert result.stdout == f"{tmp_path}/bundle/site:{checkout.root}\n"
+    assert checkout.calls() == []
+    missing = checkout.run("bash", "-c", command, SEARCHE1_BUNDLE="elsewhere")
+    assert missing.returncode == 1 and "site/" in missing.stderr
+
+
+def test_make_lists_its_targets():
+    listed = [line.split()[1] for line in run(["make"], ROOT).stdout.splitlines()]
+    assert listed == ["help", "quickstart", "test", "lint", "format", "clean"]
