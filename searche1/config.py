@@ -112,6 +112,9 @@ class RetrieverConfig:
     url: str = ""  # address of a running /retrieve server; empty starts one for this run
     corpus: str = ""  # jsonl of {"id", "contents"}; needed when url is empty
     index: str = ""  # FAISS index folder built by tools/build_index.py; needed when url is empty
+    encoder: str = ""  # "minilm", folder or hub id; empty takes the one the index folder names
+    style: str = ""  # e5, bge or plain: prefixes and pooling of an encoder given here
+    device: str = "cpu"  # where the server this run starts encodes queries: cpu, cuda or cuda:N
     topk: int = 3  # passages per query (paper 4.1)
     port: int = 0  # port of the server this run starts; 0 picks a free one
     timeout_s: float = 30.0  # one HTTP request
@@ -241,6 +244,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             source = override
             if "=" not in override:
                 raise UserError(f"an override must be key=value, got {override!r}; for example grpo.steps=10")
+            override += "''" if override.endswith("=") else ""  # "key=" means empty, which YAML reads as null
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, source)) from error

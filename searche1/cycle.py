@@ -21,12 +21,13 @@ from searche1.report.page import write_report
 from searche1.runs import (
     StageRow,
     add_stage_row,
+    atomic_write_json,
     is_complete,
     read_summary,
     set_final_model,
     write_manifest,
 )
-from searche1.session import Session, open_session
+from searche1.session import DATA_FILES, Session, open_session
 from searche1.types import Group
 
 
@@ -40,7 +41,8 @@ class Stage:
 
 def run_cycle(config: Config) -> None:
     """The whole self-evolution run. Collective; under torchrun or as a single process."""
-    with open_session(config) as session:
+    needs = [name for name in DATA_FILES if name != "test" or config.cycle.evaluate_stages]
+    with open_session(config, needs=needs) as session:
         model = session.model_path
         for stage in stages(session):
             model = run_stage(session, stage, model)
@@ -49,7 +51,10 @@ def run_cycle(config: Config) -> None:
 
 def run_single_stage(config: Config, kind: str, model: str) -> None:
     """One GRPO or OPSD round, or an evaluation, from a HuggingFace folder. Collective."""
-    with open_session(config) as session:
+    needs = {"grpo": ["train"], "opsd": ["train", "validation"], "eval": []}[kind]
+    if config.cycle.evaluate_stages:
+        needs.append("test")
+    with open_session(config, needs=needs) as session:
         train = {"grpo": _grpo(session, 0), "opsd": _opsd(session, 0), "eval": None}[kind]
         run_stage(session, Stage(kind, train), session.model_path if not model else Path(model))
         session.from_writer(lambda: show_table(session))
@@ -139,8 +144,6 @@ def _record(
 ) -> None:
     folder = session.run.stage_dir(name)
     write_groups(folder / "eval_groups.jsonl.gz", groups)
-    from searche1.runs import atomic_write_json
-
     atomic_write_json(
         folder / "eval.json", {"sampled": result.to_json(), "greedy": greedy.to_json() if greedy else None}
     )

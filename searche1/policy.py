@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
 from megatron_ext.hf_io import gather_shards, hf_tensors, load_hf_weights, save_hf, walk_stages
-from megatron_ext.hf_mapping import model_shape
+from megatron_ext.hf_mapping import ModelShape, model_shape
 from megatron_ext.lora import (
     Adapter,
     LoraSettings,
@@ -27,7 +27,7 @@ from megatron_ext.lora import (
     attach_adapters,
     write_peft_folder,
 )
-from megatron_ext.model import ModelSettings, build_model, vocab_shard
+from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
 from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
 from megatron_ext.training import run_schedule, wrap_data_parallel
@@ -69,6 +69,28 @@ def train_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
     return names[train.dtype]
 
 
+def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
+    """Raises UserError if the checkpoint's architecture is unknown or the layout cannot hold it. Loads no weights."""
+    try:
+        transformer_config(read_shape(model_path), model_settings(train, layout), layout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def read_shape(model_path: Path) -> ModelShape:
+    """The model's numbers from its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        return model_shape(AutoConfig.from_pretrained(model_path))
+    except OSError as error:
+        raise UserError(f"{model_path} holds no readable config.json: {str(error).splitlines()[0]}") from error
+
+
+def model_settings(train: TrainConfig, layout: Layout) -> ModelSettings:
+    return ModelSettings(train_dtype(train, layout.device), train.recompute)
+
+
 class Policy:
     """Weights, adapters and optimizer state that live through a round."""
 
@@ -82,16 +104,14 @@ class Policy:
         lora: LoraSettings | None = None,
     ) -> None:
         """Collective. Raises UserError if the checkpoint or the layout does not fit."""
-        from transformers import AutoConfig
-
         self.layout = layout
         self.model_path = model_path
         self.version = 0  # counts updates; every completion carries the version that sampled it
         self._chunk = train.logits_chunk
         self.dtype = train_dtype(train, layout.device)
         try:
-            self.shape = model_shape(AutoConfig.from_pretrained(model_path))
-            self._model = build_model(self.shape, ModelSettings(self.dtype, train.recompute), layout)
+            self.shape = read_shape(model_path)
+            self._model = build_model(self.shape, model_settings(train, layout), layout)
             load_hf_weights(self._model, model_path, self.shape, layout)
         except ValueError as error:
             raise UserError(str(error)) from error

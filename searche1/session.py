@@ -6,6 +6,7 @@ ranks, and what rank 0 found out is the same on all of them afterwards.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.parallel import close_parallel, init_parallel
+from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config
+from searche1.data import load_questions
 from searche1.metrics import MetricsLog
 from searche1.packing import Sample, make_batches, row_weights
-from searche1.policy import Policy, resolve_model, train_dtype
+from searche1.policy import Policy, check_model, resolve_model, train_dtype
 from searche1.prompts import encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient
 from searche1.retrieval.server import launch_retriever
@@ -37,6 +39,7 @@ from searche1.types import Group, Question, UserError
 
 T = TypeVar("T")
 
+DATA_FILES = ("train", "validation", "test")
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
@@ -49,6 +52,51 @@ def choose_device(wanted: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
+def check_before_start(config: Config, model_path: Path, layout: Layout, needs: Sequence[str]) -> None:
+    """Everything that can be found wrong in a second, before minutes of start-up. Raises UserError."""
+    check_model(model_path, layout, config.train)
+    for name in needs:
+        path = getattr(config.data, name)
+        if not path:
+            raise UserError(f"data.{name} is not set; give a file of questions, .jsonl or Search-R1's .parquet")
+        load_questions(path)
+    if not config.retriever.url:
+        for key, path in (("corpus", config.retriever.corpus), ("index", config.retriever.index)):
+            if not Path(path).exists() or not path:
+                raise UserError(
+                    f"retriever.{key}={path!r} does not exist; give a corpus and an index made by "
+                    "tools/build_index.py, or the address of a running retriever as retriever.url"
+                )
+    longest = config.rollout.max_start_tokens + config.rollout.max_context_tokens
+    if longest > config.train.max_tokens:
+        raise UserError(
+            f"a trajectory may have {longest} tokens (rollout.max_start_tokens + rollout.max_context_tokens) but "
+            f"train.max_tokens={config.train.max_tokens} is the memory budget of a micro-batch; raise it or lower them"
+        )
+    needed = longest_context(config) + config.rollout.max_response_tokens
+    if 0 < config.engine.max_total_tokens < needed:
+        raise UserError(
+            f"engine.max_total_tokens={config.engine.max_total_tokens} cannot hold one sequence of {needed} tokens; "
+            f"raise it, or lower rollout.max_context_tokens and opsd.max_teacher_tokens"
+        )
+
+
+def check_retriever(url: str, config: Config) -> None:
+    """One search, with few tries: a retriever that is down should be told now, not after a rollout batch."""
+    client = RetrieverClient(
+        url=url,
+        topk=config.retriever.topk,
+        timeout_s=config.retriever.timeout_s,
+        retries=min(2, config.retriever.retries),
+    )
+
+    async def search() -> None:
+        async with client:
+            await client.search("is anybody there?")
+
+    asyncio.run(search())
+
+
 def longest_context(config: Config) -> int:
     """Tokens an engine must take: a teacher prompt holds a whole trajectory beside the student's context."""
     return max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
@@ -57,7 +105,7 @@ def longest_context(config: Config) -> int:
 class Session:
     """Open with `open_session`, which also closes what it started."""
 
-    def __init__(self, config: Config, run: Run, stack: contextlib.ExitStack) -> None:
+    def __init__(self, config: Config, run: Run, stack: contextlib.ExitStack, needs: Sequence[str]) -> None:
         self.config = config
         self.run = run
         self.console = Console(stderr=False, highlight=False)
@@ -71,6 +119,7 @@ class Session:
             raise UserError(str(error)) from error
         stack.callback(close_parallel)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
+        self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
         self._engines: list[Engine] = []
         self._sampler: Sampler | None = None
         self._teacher_sampler: Sampler | None = None
@@ -98,7 +147,9 @@ class Session:
                 topk=config.retriever.topk,
                 port=config.retriever.port,
                 log_path=self.run.directory / "logs" / "retriever.log",
-                device="cpu",
+                device=config.retriever.device,
+                encoder=config.retriever.encoder,
+                style=config.retriever.style,
                 start_timeout_s=config.engine.start_timeout_s,
             )
             stack.callback(server.stop)
@@ -112,6 +163,7 @@ class Session:
             timeout_s=config.retriever.timeout_s,
             retries=config.retriever.retries,
         )
+        check_retriever(url, config)
 
         def sampler(rollout):  # type: ignore[no-untyped-def]
             return Sampler(
@@ -305,11 +357,14 @@ def progress_line(console: Console, title: str) -> Iterator[Callable[[int, int, 
 
 
 @contextlib.contextmanager
-def open_session(config: Config) -> Iterator[Session]:
-    """Start everything a run needs; stop all of it on the way out, also on Ctrl-C. Collective."""
+def open_session(config: Config, *, needs: Sequence[str] = DATA_FILES) -> Iterator[Session]:
+    """Start everything a run needs; stop all of it on the way out, also on Ctrl-C. Collective.
+
+    `needs` names the data files that the run will read: a missing one is told before anything starts.
+    """
     with contextlib.ExitStack() as stack:
         run = open_run(config.run.out, config) if is_first_process() else Run(Path(config.run.out))
-        yield Session(config, run, stack)
+        yield Session(config, run, stack, needs)
 
 
 def is_first_process() -> bool:

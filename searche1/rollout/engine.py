@@ -38,7 +38,6 @@ STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
 
 _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
-
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -48,7 +47,7 @@ class EngineError(UserError):
 
 
 class Engine:
-    """One running SGLang server. `launch_engine` makes it; `with` or `stop()` ends it, and so does our own end."""
+    """One SGLang server. `start_engine` makes it; `with` or `stop()` ends it, and so does our own end."""
 
     def __init__(
         self,
@@ -224,48 +223,6 @@ class Engine:
         return "\n".join([f"({state}; the end of {self.log_path}:)", *(f"  {line}" for line in lines)])
 
 
-def launch_engine(
-    *,
-    model_path: str | Path,
-    device: str,
-    dtype: str,
-    tensor: int,
-    port: int,
-    seed: int,
-    mem_fraction: float,
-    max_total_tokens: int,
-    max_running: int,
-    context_length: int,
-    attention_backend: str,
-    log_path: str | Path,
-    start_timeout_s: float,
-    request_timeout_s: float = 600.0,
-    progress: Callable[[float], None] | None = None,
-) -> Engine:
-    """`start_engine`, then `Engine.wait_until_ready`. To start several at once, call the two apart."""
-    engine = start_engine(
-        model_path=model_path,
-        device=device,
-        dtype=dtype,
-        tensor=tensor,
-        port=port,
-        seed=seed,
-        mem_fraction=mem_fraction,
-        max_total_tokens=max_total_tokens,
-        max_running=max_running,
-        context_length=context_length,
-        attention_backend=attention_backend,
-        log_path=log_path,
-        request_timeout_s=request_timeout_s,
-    )
-    try:
-        engine.wait_until_ready(timeout_s=start_timeout_s, progress=progress)
-    except BaseException:  # Ctrl-C included
-        engine.stop()
-        raise
-    return engine
-
-
 def start_engine(
     *,
     model_path: str | Path,
@@ -282,8 +239,9 @@ def start_engine(
     log_path: str | Path,
     request_timeout_s: float = 600.0,
 ) -> Engine:
-    """Starts a server and returns at once. Call it from the main thread: the server dies with the thread.
+    """Starts a server and returns at once; `Engine.wait_until_ready` comes next.
 
+    Call it from the main thread: the server dies with the thread that started it.
     device is "cpu", "cuda" or "cuda:3" (the first of `tensor` GPUs). port 0 picks a free one; context_length 0 is the
     model's, max_total_tokens 0 is SGLang's choice (on a CPU 65536), an empty attention_backend is the device's best.
     """

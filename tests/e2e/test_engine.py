@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
-from searche1.rollout.engine import Engine, EngineError, launch_engine, start_engine
+from searche1.rollout.engine import Engine, EngineError, start_engine
 from searche1.rollout.sampler import Sampler
 from searche1.types import Completion, Group, Question, UserError
 
@@ -72,7 +72,7 @@ def reference(folder: Path) -> Qwen2ForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def launch_options(folder: Path, log_path: Path) -> dict:
+def start_options(folder: Path, log_path: Path) -> dict:
     return {
         "model_path": folder,
         "device": "cpu",
@@ -92,7 +92,14 @@ def launch_options(folder: Path, log_path: Path) -> dict:
 @pytest.fixture(scope="session")
 def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     log_path = tmp_path_factory.mktemp("log") / "engine.log"
-    with launch_engine(**launch_options(folder, log_path), start_timeout_s=300) as engine:
+    with pytest.MonkeyPatch.context() as patch:
+        # What torchrun sets: a trainer starts its engines under it, and they must not take it for theirs.
+        patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "0")
+        engine = start_engine(**start_options(folder, log_path))
+    with engine:
+        engine.wait_until_ready(timeout_s=300)
         yield engine
 
 
@@ -244,12 +251,15 @@ def test_a_taken_port_is_told_before_anything_starts(folder, tmp_path):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"engine.port {port} is taken"):
-            start_engine(**{**launch_options(folder, tmp_path / "log"), "port": port})
+            start_engine(**{**start_options(folder, tmp_path / "log"), "port": port})
 
 
 def test_an_engine_that_cannot_start_tells_why(tmp_path):
-    with pytest.raises(EngineError, match=r"(?s)stopped while starting.*exit code.*no-such-model"):
-        launch_engine(**launch_options(tmp_path / "no-such-model", tmp_path / "log"), start_timeout_s=300)
+    with (
+        start_engine(**start_options(tmp_path / "no-such-model", tmp_path / "log")) as engine,
+        pytest.raises(EngineError, match=r"(?s)stopped while starting.*exit code.*no-such-model"),
+    ):
+        engine.wait_until_ready(timeout_s=300)
 
 
 def members_of(group: int) -> list[str]:
@@ -268,7 +278,7 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float) -> None:
 def test_engine_and_workers_die_when_we_are_killed(folder, tmp_path):
     script = (
         "import os, time\nfrom pathlib import PosixPath\nfrom searche1.rollout.engine import start_engine\n"
-        f"engine = start_engine(**{launch_options(folder, tmp_path / 'log')!r})\n"
+        f"engine = start_engine(**{start_options(folder, tmp_path / 'log')!r})\n"
         "print(os.getpgid(engine._process.pid), flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -280,3 +290,11 @@ def test_engine_and_workers_die_when_we_are_killed(folder, tmp_path):
         time.sleep(1)  # they have named themselves; next they tie their lives to the server's
         owner.kill()
     wait_for(lambda: members_of(group) == [], timeout_s=20)
+
+
+def test_an_engine_that_dies_tells_why(engine):
+    """The last test of this file: a tensor of the wrong shape takes SGLang down."""
+    with pytest.raises(EngineError, match=r"(?s)update_weights_from_tensor failed.*end of .*load_weights"):
+        engine.load_weights([[("model.embed_tokens.weight", torch.zeros(3, 4))]], version="broken")
+    with pytest.raises(EngineError, match="failed"):
+        complete(engine, [[1, 2, 3]])

@@ -99,9 +99,9 @@ def test_the_most_different_wrong_sibling_is_the_student():
 
 
 def test_difference_is_a_share_so_running_on_is_not_difference():
-    """Ten insertions among 50 characters differ less than four replacements among four."""
-    runs_on, differs = trajectory("a" * 40 + "b" * 10), trajectory("b" * 4)
-    assert mine((trajectory("a" * 40), 1.0), (runs_on, 0.0), (differs, 0.0))[2] == 2
+    """Six letters appended to four are 6 of 10; four letters replaced are 4 of 4."""
+    runs_on, differs = trajectory("aaaa" + "b" * 6), trajectory("bbbb")
+    assert mine((trajectory("aaaa"), 1.0), (runs_on, 0.0), (differs, 0.0), text="policy")[2] == 2
 
 
 def test_of_equally_different_siblings_the_first_is_the_student():

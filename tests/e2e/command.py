@@ -1,0 +1,31 @@
+"""The command line as a user runs it, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = ROOT / "searche1" / "assets" / "toy_policy"
+
+
+def searche1(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Run `searche1 ...` and return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "searche1", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def settings(world: Path, out: Path) -> list[str]:
+    """The settings of a run on the toy world, without the quickstart's own command."""
+    return [
+        f"run.out={out}",
+        f"model.path={POLICY}",
+        f"retriever.corpus={world / 'corpus.jsonl'}",
+        f"retriever.index={world / 'index'}",
+        *(f"data.{name}={world / name}.jsonl" for name in ("train", "validation", "test")),
+    ]

@@ -1,0 +1,87 @@
+"""Every mistake a user can make gets one message that says what, and no stack trace."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from command import POLICY, ROOT, searche1, settings
+
+from searche1.cli import main
+from searche1.config import load_config
+from searche1.runs import open_run
+
+FAST = str(ROOT / "configs" / "quickstart-fast.yaml")
+
+
+def refused(*arguments: str) -> str:
+    """What the command says when it refuses, run in a process of its own."""
+    result = searche1(*arguments)
+    return told(result.returncode, result.stdout, result.stderr)
+
+
+def told(exit_code: int, out: str, error: str) -> str:
+    assert exit_code == 2, out + error
+    assert "Traceback" not in error + out, error
+    messages = [line for line in error.splitlines() if line.startswith("searche1: error: ")]
+    assert len(messages) == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("grpo.clip_esp=0.3", "grpo.clip_eps"),
+        ("grpo.steps=many", "grpo.steps"),
+        ("grpo.steps", "key=value"),
+        ("run.device=tpu", "auto, cpu or cuda"),
+        ("retriever.corpus=nowhere.jsonl", "tools/build_index.py"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("data.validation=", "data.validation is not set"),
+        ("model.path=no/such-model", "no/such-model"),
+        ("parallel.tensor=3", "multiple of 3"),
+        ("parallel.pipeline=2", "multiple of 2"),
+        ("train.max_tokens=100", "memory budget"),
+        ("engine.max_total_tokens=500", "cannot hold one sequence"),
+        ("train.dtype=int8", "train.dtype"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_starts(
+    wrong: str, said: str, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run"), wrong])
+    assert said in told(code, *capsys.readouterr())
+
+
+def test_a_retriever_that_is_down_is_told(toy_world: Path, tmp_path: Path) -> None:
+    arguments = [*settings(toy_world, tmp_path / "run"), "retriever.url=http://127.0.0.1:9/retrieve"]
+    assert "127.0.0.1:9" in refused("cycle", "--config", FAST, *arguments)
+
+
+def test_a_model_of_another_architecture_is_refused_by_name(toy_world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(POLICY, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    message = refused("cycle", "--config", FAST, *settings(toy_world, tmp_path / "run"), f"model.path={other}")
+    assert "GPT2LMHeadModel" in message and "Qwen2ForCausalLM" in message
+
+
+def test_a_taken_port_is_told(toy_world: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = [*settings(toy_world, tmp_path / "run"), f"engine.port={port}"]
+        assert f"{port} is taken" in refused("cycle", "--config", FAST, *arguments)
+
+
+def test_continuing_a_run_with_other_settings_is_refused(toy_world: Path, tmp_path: Path) -> None:
+    arguments = ["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run")]
+    open_run(tmp_path / "run", load_config(FAST, arguments[3:]))
+    assert "grpo.lr" in refused(*arguments, "grpo.lr=1.0")
+
+
+def test_a_run_folder_without_a_summary_has_no_report(tmp_path: Path) -> None:
+    assert "summary.json" in refused("report", str(tmp_path))

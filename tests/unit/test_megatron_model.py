@@ -1,0 +1,359 @@
+"""The trainable policy in one process: the same numbers as transformers and PEFT, and updates that do what they say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from megatron_ext.lora import LoraSettings
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.parallel import close_parallel, init_parallel
+from searche1.config import TrainConfig
+from searche1.packing import Sample, make_batches, pack, row_weights
+from searche1.policy import Policy, resolve_model, train_dtype
+from searche1.types import UserError
+
+TRAIN = TrainConfig(max_tokens=64, logits_chunk=8)
+ADAM = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, grad_clip=1.0, distributed=True)
+LORA = LoraSettings(rank=4, alpha=8, seed=3)
+LENGTHS = ((6, 11), (1, 4), (9, 1), (3, 17))  # tokens of prompt and response
+
+
+@pytest.fixture(scope="module")
+def layout():
+    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
+    close_parallel()
+
+
+@pytest.fixture
+def make_policy(tiny_qwen2, layout):
+    def run(*, folder=tiny_qwen2, train=TRAIN, optimizer=ADAM, lora=None):
+        return Policy(model_path=folder, layout=layout, train=train, optimizer=optimizer, lora=lora)
+
+    return run
+
+
+def samples(seed=0):
+    """Responses whose middle third is an observation."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for prompt, response in LENGTHS:
+        ids = torch.randint(200, (prompt + response,), generator=generator).tolist()
+        mask = tuple(not response // 3 <= k < 2 * response // 3 for k in range(response))
+        made.append(Sample(tuple(ids[:prompt]), tuple(ids[prompt:]), mask))
+    return made
+
+
+def batches(of=None, *, max_tokens=64):
+    of = samples() if of is None else of
+    weights = row_weights(of, "token_mean")
+    return make_batches(of, weights, max_tokens=max_tokens, multiple_of=1, rank=0, num_ranks=1)
+
+
+def logprobs(policy, of=None, *, temperature=1.0, max_tokens=64):
+    """Every sample's policy logprobs, one after another."""
+    packed = batches(of, max_tokens=max_tokens)
+    rows = policy.by_sample(packed, policy.logprobs(packed, temperature=temperature), num_samples=len(of or samples()))
+    return torch.tensor([x for sample in rows for x in sample])
+
+
+def transformers_logprobs(model, *, temperature=1.0):
+    found = []
+    for sample in samples():
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            log_p = (model(ids).logits[0].float() / temperature).log_softmax(-1)
+        first = len(sample.prompt_ids)
+        found += [log_p[first + k - 1, sample.response_ids[k]] for k, mine in enumerate(sample.policy_mask) if mine]
+    return torch.stack(found)
+
+
+def likelihood_loss(policy, packed, *, scale=1.0):
+    """Weighted negative log-likelihood of the policy tokens."""
+
+    def loss(hidden, index):
+        found = policy.token_logprobs(hidden, packed[index].targets, temperature=1.0)
+        value = -(packed[index].weights * found.logprobs).sum() * scale
+        return value, {"loss": value.detach(), "logprob_max": found.logprobs.detach().max()}
+
+    return loss
+
+
+def update(policy, *, scale=1.0, lr=1e-3, max_tokens=64):
+    packed = batches(max_tokens=max_tokens)
+    return policy.train_step(packed, likelihood_loss(policy, packed, scale=scale), lr=lr)
+
+
+def exported(policy):
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def randomize_adapter(policy):
+    generator = torch.Generator().manual_seed(9)
+    fresh = policy.snapshot()
+    policy.restore({name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in fresh.items()})
+
+
+# -- the same model as transformers' --------------------------------------------------------------
+
+
+def test_weights_come_back_to_the_same_bits(tiny_qwen2, make_policy):
+    assert_same_bits(exported(make_policy()), load_file(tiny_qwen2 / "model.safetensors"))
+
+
+def test_a_saved_folder_is_one_that_transformers_loads(tiny_qwen2, make_policy, tmp_path):
+    make_policy(optimizer=None).save_hf(tmp_path / "hf")
+    found, original = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "hf", tiny_qwen2))
+    assert_same_bits(found.state_dict(), original.state_dict())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_of_packed_sequences_equal_transformers(tiny_qwen2, make_policy, temperature):
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2).eval()
+    expected = transformers_logprobs(model, temperature=temperature)
+    found = logprobs(make_policy(), temperature=temperature)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_neighbour_in_the_pack_changes_no_bit(make_policy):
+    policy = make_policy(optimizer=None)
+    mine, first, second = samples(0)[0], samples(1), samples(2)
+    for place in range(3):
+        found = []
+        for others in (first, second):
+            members = [*others[1:3]]
+            members.insert(place, mine)
+            batch = pack(members, row_weights(members, "token_mean"), range(3), multiple_of=1)
+            rows = policy.logprobs([batch], temperature=1.0)[0]
+            found.append(rows[batch.sample_of_row == place])
+        assert torch.equal(*found)
+
+
+def test_padding_behind_the_sequences_changes_nothing(make_policy):
+    policy = make_policy(optimizer=None)
+    weights = row_weights(samples(), "token_mean")
+    plain, padded = (pack(samples(), weights, range(4), multiple_of=multiple) for multiple in (1, 64))
+    assert len(padded.inputs.token_ids) == 64 > len(plain.inputs.token_ids)
+    one, other = (policy.logprobs([batch], temperature=1.0)[0] for batch in (plain, padded))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+# -- what cannot work -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor": 3}, r"4 attention heads, which tensor-parallel size 3.*parallel\.tensor to a divisor of 4"),
+        ({"tensor": 4}, r"2 key-value heads, which tensor-parallel size 4.*parallel\.tensor to a divisor of 2"),
+        ({"pipeline": 3}, r"4 layers, which pipeline-parallel size 3.*parallel\.pipeline to a divisor of 4"),
+    ],
+)
+def test_a_layout_that_cannot_hold_the_model_is_told_which_size_to_change(tiny_qwen2, layout, sizes, message):
+    with pytest.raises(UserError, match=message):
+        Policy(model_path=tiny_qwen2, layout=replace(layout, **sizes), train=TRAIN, optimizer=None)
+
+
+def test_too_few_processes_for_the_layout_are_told_how_many_to_start():
+    with pytest.raises(ValueError, match="1 processes cannot hold tensor-parallel 2 x pipeline-parallel 1"):
+        init_parallel(tensor=2, pipeline=1, sequence=False, device="cpu")
+
+
+def test_sequence_parallelism_without_tensor_parallelism_is_refused():
+    with pytest.raises(ValueError, match="needs tensor parallelism of at least 2"):
+        init_parallel(tensor=1, pipeline=1, sequence=True, device="cpu")
+
+
+def test_unknown_choices_name_the_known_ones(make_policy, layout):
+    with pytest.raises(UserError, match=r"recompute must be one of .*'full', 'none', 'selective'.*got 'ful'"):
+        make_policy(train=replace(TRAIN, recompute="ful"))
+    with pytest.raises(UserError, match=r"train\.dtype must be one of .*got 'fp32'"):
+        train_dtype(replace(TRAIN, dtype="fp32"), layout.device)
+
+
+def test_a_folder_of_another_family_is_refused_as_a_users_mistake(make_policy, tmp_path):
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        make_policy(folder=tmp_path)
+
+
+def test_a_model_that_is_no_folder_and_no_name_is_refused():
+    with pytest.raises(UserError, match="neither a folder nor a model that can be downloaded"):
+        resolve_model("no/such/place")
+
+
+# -- adapters -------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_no_bit(make_policy):
+    adapted, plain = make_policy(lora=LORA), make_policy(optimizer=None)
+    assert torch.equal(logprobs(adapted), logprobs(plain))
+    assert_same_bits(exported(adapted), exported(plain))
+
+
+def test_merged_weights_give_the_adapters_logprobs(make_policy, tmp_path):
+    policy = make_policy(lora=LORA)
+    before = logprobs(policy)
+    randomize_adapter(policy)
+    assert (logprobs(policy) - before).abs().max() > 0.1
+    policy.save_hf(tmp_path / "hf")
+    merged = make_policy(folder=tmp_path / "hf", optimizer=None)
+    torch.testing.assert_close(logprobs(merged), logprobs(policy), rtol=0, atol=1e-5)
+
+
+def test_with_the_adapter_off_the_model_is_its_base_and_then_itself_again(make_policy):
+    policy, base = make_policy(lora=LORA), logprobs(make_policy(optimizer=None))
+    randomize_adapter(policy)
+    adapted = logprobs(policy)
+    with policy.adapter_disabled():
+        assert torch.equal(logprobs(policy), base)
+    assert torch.equal(logprobs(policy), adapted)
+
+
+def test_peft_loads_the_saved_adapter_and_computes_the_same_logprobs(tiny_qwen2, make_policy, tmp_path):
+    policy = make_policy(lora=LORA)
+    randomize_adapter(policy)
+    policy.save_adapter(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    expected = transformers_logprobs(model)
+    torch.testing.assert_close(logprobs(policy), expected, rtol=0, atol=1e-4)
+    with model.disable_adapter():
+        assert (transformers_logprobs(model) - expected).abs().max() > 0.1
+
+
+def test_training_an_adapter_moves_it_and_nothing_else(make_policy):
+    policy = make_policy(lora=LORA)
+    before, base = policy.snapshot(), logprobs(policy)
+    assert all("lora" in name for name in before)
+    update(policy, lr=1e-2)
+    after = policy.snapshot()
+    assert all(not torch.equal(before[name], after[name]) for name in before if ".b." in name)
+    with policy.adapter_disabled():
+        assert torch.equal(logprobs(policy), base)
+    assert not torch.equal(logprobs(policy), base)
+
+
+# -- updates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lora", "lr"), [(None, 3e-3), (LORA, 3e-2)], ids=["all weights", "adapter"])
+def test_updates_on_the_same_samples_lower_the_loss(make_policy, lora, lr):
+    policy = make_policy(lora=lora)
+    losses = [update(policy, lr=lr)["loss"] for _ in range(15)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert policy.version == 15
+
+
+def test_splitting_a_mini_batch_into_micro_batches_changes_neither_loss_nor_gradient(make_policy):
+    assert len(batches(max_tokens=20)) > len(batches()) == 1
+    whole, split = (update(make_policy(), max_tokens=tokens) for tokens in (64, 20))
+    assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_empty_micro_batch_adds_nothing_to_an_update(make_policy):
+    def run(with_empty):
+        policy = make_policy()
+        packed = batches() + ([pack([], [], [], multiple_of=1)] if with_empty else [])
+        nll = likelihood_loss(policy, packed)
+
+        def loss(hidden, index):
+            if index == 1:
+                assert hidden.shape[0] == 0
+                found = policy.token_logprobs(hidden, packed[1].targets, temperature=1.0)
+                return found.logprobs.sum(), {"loss": hidden.new_zeros(()), "logprob_max": hidden.new_tensor(-100.0)}
+            return nll(hidden, index)
+
+        return policy.train_step(packed, loss, lr=1e-3), exported(policy)
+
+    (metrics, weights), (plain_metrics, plain_weights) = run(True), run(False)
+    assert metrics == plain_metrics
+    assert_same_bits(weights, plain_weights)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_update_alone(make_policy, scale):
+    hurt, healthy = make_policy(), make_policy()
+    before = exported(hurt)
+    metrics = update(hurt, scale=scale)
+    assert metrics["is_skipped"] == 1.0
+    assert_same_bits(exported(hurt), before)
+    after, expected = update(hurt), update(healthy)
+    assert after == expected and after["is_skipped"] == 0.0
+    assert_same_bits(exported(hurt), exported(healthy))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations_give_the_same_update(make_policy, recompute):
+    plain, recomputed = (make_policy(train=replace(TRAIN, recompute=r)) for r in ("none", recompute))
+    assert update(recomputed) == pytest.approx(update(plain), rel=1e-6)
+    weights, expected = exported(recomputed), exported(plain)
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_gradient_norm_is_reported_before_it_is_clipped(make_policy):
+    loose, tight = (make_policy(optimizer=replace(ADAM, grad_clip=clip)) for clip in (1e6, 1e-3))
+    norms = [update(policy)["grad_norm"] for policy in (loose, tight)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 1e-2
+
+
+def test_a_policy_without_an_optimizer_cannot_be_updated(make_policy):
+    with pytest.raises(AssertionError, match="without an optimizer"):
+        update(make_policy(optimizer=None))
+
+
+def test_another_snapshots_weights_are_lent_and_given_back(make_policy):
+    policy = make_policy()
+    start, at_start = policy.snapshot(), logprobs(policy)
+    update(policy, lr=1e-2)
+    moved, at_moved = policy.snapshot(), logprobs(policy)
+    assert not torch.equal(at_start, at_moved)
+    with policy.weights(start):
+        assert torch.equal(logprobs(policy), at_start)
+    assert torch.equal(logprobs(policy), at_moved)
+    assert_same_bits(policy.snapshot(), moved)
+    policy.restore(start)
+    assert torch.equal(logprobs(policy), at_start)
+
+
+def test_lending_weights_between_updates_does_not_change_the_next_update(make_policy):
+    lending, plain = make_policy(), make_policy()
+    start = lending.snapshot()
+    for policy in (lending, plain):
+        update(policy)
+    with lending.weights(start):
+        logprobs(lending)
+    assert update(lending) == update(plain)
+    assert_same_bits(exported(lending), exported(plain))
+
+
+def test_a_run_continued_from_a_checkpoint_gives_the_same_bits(make_policy, tmp_path):
+    policy = make_policy()
+    for _ in range(3):
+        update(policy)
+    policy.save_checkpoint(tmp_path / "step_3", step=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+    expected = [update(policy) for _ in range(2)]
+
+    continued = make_policy()
+    assert continued.load_checkpoint(tmp_path / "step_3") == 3
+    assert continued.version == 3
+    assert [update(continued) for _ in range(2)] == expected
+    assert_same_bits(exported(continued), exported(policy))
+
+
+def test_a_checkpoint_replaces_an_older_one_of_the_same_name(make_policy, tmp_path):
+    policy = make_policy()
+    for step in (1, 2):
+        update(policy)
+        policy.save_checkpoint(tmp_path / "last", step=step)
+    assert make_policy().load_checkpoint(tmp_path / "last") == 2

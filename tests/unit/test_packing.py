@@ -1,0 +1,237 @@
+"""Packing: exactly the policy tokens are predicted, and no split changes what they weigh."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searche1.packing import (
+    Sample,
+    bins_by_budget,
+    make_batches,
+    make_pair_batches,
+    pack,
+    row_weights,
+    sample_of,
+    share_of_rank,
+)
+from searche1.types import Span, Trajectory, UserError
+
+# Prompts, the policy and the environment use ids of their own, so that an id tells where it came from.
+PROMPT, POLICY, ENVIRONMENT = range(1, 100), range(100, 200), range(200, 300)
+
+
+def ids(of, *, min_size=1, max_size=6):
+    return st.lists(st.sampled_from(of), min_size=min_size, max_size=max_size)
+
+
+@st.composite
+def drawn_sample(draw):
+    prompt = draw(ids(PROMPT, max_size=8))
+    turns = draw(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=5))
+    turns.insert(draw(st.integers(0, len(turns))), (True, draw(st.integers(1, 6))))  # the policy says something
+    response, mask = [], []
+    for is_policy, length in turns:
+        response += draw(ids(POLICY if is_policy else ENVIRONMENT, min_size=length, max_size=length))
+        mask += [is_policy] * length
+    return Sample(tuple(prompt), tuple(response), tuple(mask))
+
+
+drawn_samples = st.lists(drawn_sample(), min_size=1, max_size=8)
+splits = st.fixed_dictionaries(
+    {"max_tokens": st.integers(48, 200), "multiple_of": st.sampled_from([1, 2, 4]), "num_ranks": st.integers(1, 4)}
+)
+norms = st.sampled_from(["token_mean", "sequence_mean"])
+
+
+def on_all_ranks(samples, weights, *, num_ranks, **split):
+    """Every micro-batch of every data-parallel rank."""
+    return [
+        batch
+        for rank in range(num_ranks)
+        for batch in make_batches(samples, weights, rank=rank, num_ranks=num_ranks, **split)
+    ]
+
+
+def predicted_tokens(batch):
+    """(context, target, weight, sample) of each row: what the model sees there and what it must say next."""
+    token_ids, bounds = batch.inputs.token_ids.tolist(), batch.inputs.cu_seqlens.tolist()
+    columns = (batch.inputs.rows, batch.targets, batch.weights, batch.sample_of_row)
+    for row, target, weight, owner in zip(*(c.tolist() for c in columns), strict=True):
+        start = max(bound for bound in bounds if bound <= row)
+        yield tuple(token_ids[start : row + 1]), target, weight, owner
+
+
+def policy_tokens(samples):
+    """(context, token, sample) of each policy token, from the samples themselves."""
+    for owner, sample in enumerate(samples):
+        for k, is_policy in enumerate(sample.policy_mask):
+            if is_policy:
+                yield sample.prompt_ids + sample.response_ids[:k], sample.response_ids[k], owner
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+@given(samples=drawn_samples, split=splits)
+def test_rows_predict_every_policy_token_once_from_all_that_came_before_it(samples, split):
+    batches = on_all_ranks(samples, row_weights(samples, "token_mean"), **split)
+    found = [(context, target, owner) for b in batches for context, target, _, owner in predicted_tokens(b)]
+    assert sorted(found) == sorted(policy_tokens(samples))
+
+
+@given(samples=drawn_samples, split=splits)
+def test_no_environment_token_is_ever_a_target(samples, split):
+    for batch in on_all_ranks(samples, row_weights(samples, "token_mean"), **split):
+        assert all(target in POLICY for target in batch.targets.tolist())
+
+
+@given(samples=drawn_samples, split=splits)
+def test_a_packs_sequences_are_whole_start_at_position_zero_and_fit(samples, split):
+    for batch in on_all_ranks(samples, row_weights(samples, "token_mean"), **split):
+        inputs, bounds = batch.inputs, batch.inputs.cu_seqlens.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        assert bounds[0] == 0 and bounds[-1] == len(inputs.token_ids) == len(inputs.position_ids)
+        assert min(lengths) > 0 and inputs.max_seqlen == max(lengths)
+        assert inputs.position_ids.tolist() == [p for length in lengths for p in range(length)]
+        assert len(inputs.token_ids) % split["multiple_of"] == 0
+        assert len(inputs.token_ids) <= split["max_tokens"]
+
+
+def test_nothing_behind_the_last_target_is_read():
+    sample = Sample((1, 2), (100, 101, 200, 102, 201, 202), (True, True, False, True, False, False))
+    assert sample.num_rows == 3 and sample.num_inputs == 5
+    batch = pack([sample], [1.0], [0], multiple_of=1)
+    assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101, 200]
+    assert batch.inputs.rows.tolist() == [1, 2, 4]
+    assert batch.targets.tolist() == [100, 101, 102]
+
+
+def test_padding_is_a_sequence_of_its_own_without_rows():
+    sample = Sample((1, 2), (100, 101, 102), (True, True, True))
+    batch = pack([sample], [1.0], [0], multiple_of=4)
+    assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101]
+    batch = pack([sample], [1.0], [0], multiple_of=3)
+    assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101, 0, 0]
+    assert batch.inputs.cu_seqlens.tolist() == [0, 4, 6]
+    assert batch.inputs.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
+    assert batch.inputs.rows.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2, 4])
+def test_a_rank_without_samples_gets_an_empty_micro_batch(multiple_of):
+    sample = Sample((1,), (100, 101), (True, True))
+    given_to = [
+        make_batches([sample], [0.5], max_tokens=8, multiple_of=multiple_of, rank=rank, num_ranks=2)
+        for rank in range(2)
+    ]
+    assert [len(batches) for batches in given_to] == [1, 1]
+    empty = given_to[1][0]
+    assert len(empty.inputs.token_ids) == multiple_of
+    assert empty.inputs.cu_seqlens.tolist() == [0, multiple_of]
+    assert len(empty.inputs.rows) == len(empty.targets) == len(empty.weights) == len(empty.sample_of_row) == 0
+
+
+def test_a_trajectory_becomes_a_sample_under_its_own_prompt_or_the_teachers():
+    spans = (
+        Span("policy", "search", (100, 101), (-1.0, -2.0), "a"),
+        Span("environment", "information", (200,), (), "b"),
+        Span("policy", "answer", (102,), (-3.0,), "c"),
+    )
+    trajectory = Trajectory((1, 2), spans, "answered")
+    student, teacher = sample_of(trajectory), sample_of(trajectory, (7, 8, 9))
+    assert student == Sample((1, 2), (100, 101, 200, 102), (True, True, False, True))
+    assert teacher == Sample((7, 8, 9), student.response_ids, student.policy_mask)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+@given(samples=drawn_samples, split=splits, norm=norms)
+def test_weights_sum_to_one_however_the_mini_batch_is_split(samples, split, norm):
+    batches = on_all_ranks(samples, row_weights(samples, norm), **split)
+    assert math.isclose(sum(batch.weights.double().sum().item() for batch in batches), 1.0, rel_tol=1e-5)
+
+
+@given(samples=drawn_samples, split=splits, norm=norms)
+def test_a_tokens_weight_does_not_depend_on_the_split(samples, split, norm):
+    def weights(**how):
+        batches = on_all_ranks(samples, row_weights(samples, norm), **how)
+        return sorted((c, target, owner, weight) for b in batches for c, target, weight, owner in predicted_tokens(b))
+
+    assert weights(**split) == weights(max_tokens=1000, multiple_of=1, num_ranks=1)
+
+
+@given(samples=drawn_samples)
+def test_token_mean_weighs_tokens_alike_and_sequence_mean_sequences(samples):
+    assert set(row_weights(samples, "token_mean")) == {1 / sum(s.num_rows for s in samples)}
+    for weight, sample in zip(row_weights(samples, "sequence_mean"), samples, strict=True):
+        assert weight * sample.num_rows == pytest.approx(1 / len(samples))
+
+
+def test_an_unknown_norm_names_the_known_ones():
+    with pytest.raises(UserError, match="token_mean or sequence_mean, got 'mean'"):
+        row_weights([Sample((1,), (100,), (True,))], "mean")
+
+
+# -- shares and bins ------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=20), num_ranks=st.integers(1, 5))
+def test_ranks_share_the_samples_among_them_and_almost_evenly(lengths, num_ranks):
+    shares = [share_of_rank(lengths, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=20), max_tokens=st.integers(30, 60))
+def test_bins_hold_everything_once_within_the_budget(lengths, max_tokens):
+    bins = bins_by_budget(lengths, max_tokens=max_tokens)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    loads = [sum(lengths[index] for index in members) for members in bins]
+    assert all(0 < load <= max_tokens for load in loads)
+    assert all(a + b > max_tokens for a, b in itertools.pairwise(loads)), "two neighbours would fit in one"
+
+
+def test_a_trajectory_that_is_too_long_names_both_settings():
+    sample = Sample((1,) * 5, (100,) * 6, (True,) * 6)
+    with pytest.raises(UserError, match=r"has 10 tokens but train\.max_tokens is 9; .*rollout\.max_context_tokens"):
+        make_batches([sample], [1.0], max_tokens=9, multiple_of=1, rank=0, num_ranks=1)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+def test_a_trajectory_as_long_as_the_budget_fits(multiple_of):
+    sample = Sample((1,) * 5, (100,) * 6, (True,) * 6)
+    (batch,) = make_batches([sample], [1.0], max_tokens=10, multiple_of=multiple_of, rank=0, num_ranks=1)
+    assert len(batch.inputs.token_ids) == 10
+
+
+def test_a_budget_that_is_no_multiple_is_not_exceeded_by_padding():
+    samples = [Sample((1,), (100,) * length, (True,) * length) for length in (5, 6)]
+    batches = make_batches(samples, [0.1, 0.1], max_tokens=11, multiple_of=4, rank=0, num_ranks=1)
+    assert [len(batch.inputs.token_ids) for batch in batches] == [8, 8]
+
+
+# -- student and teacher --------------------------------------------------------------------------
+
+
+@given(students=drawn_samples, split=splits, data=st.data())
+def test_teacher_rows_are_the_students_rows_behind_another_prompt(students, split, data):
+    prompts = [tuple(data.draw(ids(PROMPT, max_size=12))) for _ in students]
+    teachers = [Sample(p, s.response_ids, s.policy_mask) for p, s in zip(prompts, students, strict=True)]
+    weights = row_weights(students, "sequence_mean")
+    num_ranks = split["num_ranks"]
+    seen = []
+    for rank in range(num_ranks):
+        options = {key: split[key] for key in ("multiple_of", "num_ranks")}
+        for student, teacher in make_pair_batches(students, teachers, weights, max_tokens=300, rank=rank, **options):
+            for mine, privileged in zip(predicted_tokens(student), predicted_tokens(teacher), strict=True):
+                assert mine[1:] == privileged[1:]  # target, weight and sample
+                context, _, _, owner = mine
+                assert privileged[0] == prompts[owner] + context[len(students[owner].prompt_ids) :]
+                seen.append((context, mine[1], owner))
+    assert sorted(seen) == sorted(policy_tokens(students))
