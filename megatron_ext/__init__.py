@@ -9,6 +9,7 @@ for _message in (
     "Apex is not installed",
     "full scope is deprecated",
     "`torch.distributed.*` is deprecated",
+    "When using async grad allreduce it is recommended to set",
     "When using sequence parallelism it is recommended to set",  # a CUDA launch setting that newer GPUs ignore
     "The .grad attribute of a Tensor that is not a leaf",  # the CPU mode passes such reads of Megatron's through
 ):

@@ -63,14 +63,21 @@ def enable_cpu_mode() -> None:
 
     from megatron.core.tensor_parallel import random as megatron_random
 
-    torch.cuda.current_device = lambda: torch.device("cpu")  # used as `device=` of new buffers
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.empty_cache = lambda *args, **kwargs: None
-    torch.cuda.Stream = torch.cuda.Event = _NoStream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _NoStream()
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = lambda self, stream: None
+    answers: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),  # used as `device=` of new buffers
+        "synchronize": lambda *args, **kwargs: None,
+        "empty_cache": lambda *args, **kwargs: None,
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "current_stream": lambda *args, **kwargs: _NoStream(),
+        "default_stream": lambda *args, **kwargs: _NoStream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
     # Activation recompute saves and restores the GPU's random state; without dropout there is none to keep.
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -137,11 +138,11 @@ def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layo
                 dist.send_object_list([None], dst=0)
         elif layout.is_writer:
             while True:
-                received: list[object] = [None]
+                received: list[Any] = [None]
                 dist.recv_object_list(received, src=source)
                 if received[0] is None:
                     break
-                name, size, dtype = received[0]  # type: ignore[misc]
+                name, size, dtype = received[0]
                 tensor = torch.empty(size, dtype=dtype, device=layout.device)
                 dist.recv(tensor, src=source)
                 yield name, tensor
@@ -159,25 +160,24 @@ def save_hf(tensors: Iterable[tuple[str, Tensor]], *, out: Path, config_from: Pa
         for source in config_from.glob(pattern):
             if source.name != INDEX_NAME:
                 shutil.copy2(source, partial / source.name)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
+    shard: dict[str, Tensor] = {}
+    num_shards, size, total = 1, 0, 0
     weight_map: dict[str, int] = {}
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous().clone()
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            save_file(shards[-1], partial / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-            shards[-1] = dict.fromkeys(shards[-1])  # type: ignore[arg-type]  # written: keep names only
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        weight_map[name] = len(shards)
+        if shard and size + tensor.nbytes > shard_bytes:
+            save_file(shard, partial / f"shard-{num_shards}.safetensors", metadata={"format": "pt"})
+            shard, size = {}, 0
+            num_shards += 1
+        shard[name] = tensor
+        weight_map[name] = num_shards
         size += tensor.nbytes
         total += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], partial / SINGLE_NAME, metadata={"format": "pt"})
+    if num_shards == 1:
+        save_file(shard, partial / SINGLE_NAME, metadata={"format": "pt"})
     else:
-        save_file(shards[-1], partial / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        final = {k: f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)}
+        save_file(shard, partial / f"shard-{num_shards}.safetensors", metadata={"format": "pt"})
+        final = {k: f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)}
         for k, file in final.items():
             (partial / f"shard-{k}.safetensors").rename(partial / file)
         index = {"metadata": {"total_size": total}, "weight_map": {n: final[k] for n, k in weight_map.items()}}

@@ -193,7 +193,8 @@ def from_shards(rule: Rule, shards: Sequence[Tensor], shape: ModelShape) -> dict
     if rule.layout == "vocab":
         return {rule.hf[0]: torch.cat(list(shards))[: shape.vocab_size]}
     if rule.layout == "qkv":
-        split = [separate_qkv(shard, shape.num_kv_heads // size, shape.head_dim) for shard in shards]
+        groups = shape.num_kv_heads // size
+        split: list[tuple[Tensor, ...]] = [separate_qkv(shard, groups, shape.head_dim) for shard in shards]
     else:
         split = [shard.chunk(2) for shard in shards]
     return {name: torch.cat([parts[k] for parts in split]) for k, name in enumerate(rule.hf)}

@@ -59,7 +59,7 @@ class Adapter(torch.nn.Module):
 
     def __init__(
         self,
-        linear: torch.nn.Module,
+        linear: Any,
         target: str,
         layer: int,
         shape: ModelShape,
@@ -143,7 +143,7 @@ def attach_adapters(model: HiddenStateModel, shape: ModelShape, settings: LoraSe
             linear.register_forward_hook(_add_adapter_output)
 
 
-def _linears(layer: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _linears(layer: Any) -> Iterator[tuple[str, Any]]:
     for parent in (layer.self_attention, layer.mlp):
         for target in TARGETS:
             if target in parent._modules:

@@ -189,7 +189,7 @@ def build_model(shape: ModelShape, settings: ModelSettings, layout: Layout) -> H
     return model.to(device=layout.device)
 
 
-def _mark_sharded(parameter: torch.nn.Parameter, *, dim: int) -> None:
+def _mark_sharded(parameter: Any, *, dim: int) -> None:
     """Megatron counts unmarked parameters once per tensor-parallel group in the gradient norm.
 
     Its layers leave the mark to their weight initialisation, which is off here.

@@ -58,7 +58,7 @@ def run_schedule(
     of one replica, which must pass the same batches.
     """
     assert batches, "a rank without micro-batches would leave its pipeline waiting; pack an empty one"
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     source = iter(enumerate(batches))
 
     def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:

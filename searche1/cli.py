@@ -103,11 +103,13 @@ def _train(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
     from searche1.cycle import run_cycle, run_single_stage
 
-    config = load_config(parsed.config, parsed.overrides)
+    # The model belongs to the run's settings: another one in the same run directory is refused, not mixed in.
+    model = [f"model.path={parsed.model}"] if parsed.kind != "cycle" and parsed.model else []
+    config = load_config(parsed.config, parsed.overrides + model)
     if parsed.kind == "cycle":
         run_cycle(config)
     else:
-        run_single_stage(config, parsed.kind, parsed.model)
+        run_single_stage(config, parsed.kind)
 
 
 def _report(parsed: argparse.Namespace) -> None:

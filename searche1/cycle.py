@@ -9,8 +9,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from rich.console import Console
 
 from searche1.config import Config
 from searche1.data import load_questions, write_groups
@@ -23,11 +25,12 @@ from searche1.runs import (
     add_stage_row,
     atomic_write_json,
     is_complete,
+    open_run,
     read_summary,
     set_final_model,
     write_manifest,
 )
-from searche1.session import DATA_FILES, Session, open_session
+from searche1.session import DATA_FILES, Session, is_first_process, open_session
 from searche1.types import Group
 
 
@@ -41,6 +44,11 @@ class Stage:
 
 def run_cycle(config: Config) -> None:
     """The whole self-evolution run. Collective; under torchrun or as a single process."""
+    if is_finished(config):
+        if is_first_process():
+            show_table(Path(config.run.out))
+            print(f"\n{config.run.out} is finished; give another run.out (quickstart: --new) for a new run")
+        return
     needs = [name for name in DATA_FILES if name != "test" or config.cycle.evaluate_stages]
     with open_session(config, needs=needs) as session:
         model = session.model_path
@@ -49,15 +57,28 @@ def run_cycle(config: Config) -> None:
         session.from_writer(lambda: finish(session, model))
 
 
-def run_single_stage(config: Config, kind: str, model: str) -> None:
-    """One GRPO or OPSD round, or an evaluation, from a HuggingFace folder. Collective."""
+def is_finished(config: Config) -> bool:
+    """Whether the run directory holds this very run, done to its end: then nothing needs to be started."""
+    directory = Path(config.run.out)
+    if not (directory / "summary.json").is_file() or read_summary(directory).final_model is None:
+        return False
+    if is_first_process():
+        open_run(directory, config)  # refuses other settings
+    return True
+
+
+def run_single_stage(config: Config, kind: str) -> None:
+    """One "grpo" or "opsd" round, or only an "eval", from model.path. Collective."""
+    config = replace(
+        config, cycle=replace(config.cycle, evaluate_stages=config.cycle.evaluate_stages or kind == "eval")
+    )
     needs = {"grpo": ["train"], "opsd": ["train", "validation"], "eval": []}[kind]
     if config.cycle.evaluate_stages:
         needs.append("test")
     with open_session(config, needs=needs) as session:
         train = {"grpo": _grpo(session, 0), "opsd": _opsd(session, 0), "eval": None}[kind]
-        run_stage(session, Stage(kind, train), session.model_path if not model else Path(model))
-        session.from_writer(lambda: show_table(session))
+        run_stage(session, Stage(kind, train), session.model_path)
+        session.from_writer(lambda: show_table(session.run.directory))
 
 
 def stages(session: Session) -> list[Stage]:
@@ -164,17 +185,19 @@ def finish(session: Session, model: Path) -> None:
         shutil.copytree(model, partial)
         partial.rename(final)
     set_final_model(session.run)
-    show_table(session)
-    session.tell(f"\nfinal model   {final}  (a HuggingFace folder)")
+    show_table(session.run.directory)
 
 
-def show_table(session: Session) -> None:
+def show_table(directory: Path) -> None:
     """The stages so far, and where the report is. On rank 0."""
-    summary = read_summary(session.run.directory)
+    summary = read_summary(directory)
     if not summary.stages:
         return
-    last = session.run.directory / summary.stages[-1].name / "eval_groups.jsonl.gz"
-    page = write_report(session.run.directory, examples=last if last.is_file() else None)
-    session.console.print()
-    session.console.print(format_table(summary.stages))
-    session.tell(f"\nplot          {session.run.directory / 'curve.png'}\nreport        {page}")
+    last = directory / summary.stages[-1].name / "eval_groups.jsonl.gz"
+    page = write_report(directory, examples=last if last.is_file() else None)
+    console = Console(highlight=False)
+    console.print()
+    console.print(format_table(summary.stages))
+    console.print(f"\nplot          {directory / 'curve.png'}\nreport        {page}", soft_wrap=True)
+    if summary.final_model is not None:
+        console.print(f"final model   {directory / summary.final_model}  (a HuggingFace folder)", soft_wrap=True)

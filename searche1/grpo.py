@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ext.optimizer import OptimizerSettings
 from searche1.config import Config
-from searche1.data import load_questions, question_batches
+from searche1.data import load_questions, question_batches, write_groups
 from searche1.metrics import Phases, rollout_metrics
 from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of
 from searche1.policy import Policy
@@ -167,6 +167,8 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
         if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
             with phases("checkpoint"):
                 policy.save_checkpoint(folder / "checkpoints" / f"step_{step + 1}", step=step + 1)
+        if session.layout.is_writer:
+            write_groups(folder / "rollouts" / f"step_{step + 1:05d}.jsonl.gz", groups)
         log_step(session, stage, step, groups, updates, phases)
     policy.save_hf(folder / "hf")
     return folder / "hf"
@@ -282,3 +284,10 @@ def log_step(
     session.metrics.log(
         stage=stage, step=step + 1, num_steps=session.config.grpo.steps, values=values, seconds=phases.seconds
     )
+    if step == 0:  # docs/debugging.md says what each of these should be, and why it might not
+        session.tell(
+            f"  first step: mean ratio {values['ratio_mean']:.4f} (1), KL {values['kl']:.1e} (0), engine against trainer "
+            f"{values['engine_gap']:.1e} per logprob, truncated {values.get('truncated_share', 0):.1%}, "
+            f"invalid actions {values.get('invalid_action_share', 0):.1%}, "
+            f"groups of one reward {values.get('same_reward_share', 0):.0%}"
+        )

@@ -5,6 +5,7 @@ Shapes: R rows (policy tokens of the student trajectory) of a micro-batch, H hid
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import statistics
@@ -222,7 +223,7 @@ def collect_pairs(
         piece = folder / "pool" / f"groups_{number:05d}.jsonl.gz"
         questions = order[start : start + pool.chunk_questions]
         if session.from_writer(piece.is_file):
-            found = session.from_writer(lambda piece=piece: read_groups(piece))
+            found = session.from_writer(functools.partial(read_groups, piece))
         else:
             found = session.rollout(
                 questions,
@@ -257,12 +258,13 @@ def collect_pairs(
 
 
 def trained_pairs(session: Session, pairs: Sequence[Pair]) -> list[TrainedPair]:
-    """Both prompts of every pair. A teacher sequence that is too long drops its pair: cutting would misalign rows."""
+    """Both prompts of every pair, on rank 0. A teacher sequence that is too long drops its pair, never a token."""
+    assert session.servers is not None
     limit = session.config.opsd.max_teacher_tokens
     kept = []
     for pair in pairs:
         text = teacher_prompt(pair.question.text, pair.reference.text, session.config.prompt)
-        teacher = sample_of(pair.student, session.encode(text))
+        teacher = sample_of(pair.student, session.servers.encode(text))
         if teacher.num_inputs <= limit:
             kept.append(TrainedPair(student=sample_of(pair.student), teacher=teacher))
     if len(kept) < len(pairs):
@@ -355,11 +357,12 @@ def teacher_check(
     cuts = [random_cut(pair.student, generator) for pair in wrong]
 
     def starts(with_reference: bool) -> list[Start]:
-        prompt = session.config.prompt
+        assert session.servers is not None
+        encode, prompt = session.servers.encode, session.config.prompt
         return [
             Start(
                 question=pair.question,
-                prompt_ids=session.encode(teacher_prompt(pair.question.text, pair.reference.text, prompt))
+                prompt_ids=encode(teacher_prompt(pair.question.text, pair.reference.text, prompt))
                 if with_reference
                 else pair.student.prompt_ids,
                 spans=pair.student.spans[:cut],
@@ -370,7 +373,7 @@ def teacher_check(
     ems = []
     for with_reference in (True, False):
         continued = session.continue_trajectories(
-            session.from_writer(lambda with_reference=with_reference: starts(with_reference)),
+            session.from_writer(functools.partial(starts, with_reference)),
             samples=1,
             temperature=1.0,
             seed=session.config.run.seed * 1_000_003 + 950_001 + round_index,

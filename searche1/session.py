@@ -6,20 +6,18 @@ ranks, and what rank 0 found out is the same on all of them afterwards.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
 
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -29,11 +27,8 @@ from searche1.data import load_questions
 from searche1.metrics import MetricsLog
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, check_model, resolve_model, train_dtype
-from searche1.prompts import encode_prompt, student_prompt
-from searche1.retrieval.client import RetrieverClient
-from searche1.retrieval.server import launch_retriever
-from searche1.rollout.engine import Engine, start_engine
-from searche1.rollout.sampler import Sampler, Start
+from searche1.rollout.sampler import Start
+from searche1.rollout.servers import Servers, longest_context, start_servers
 from searche1.runs import Run, open_run
 from searche1.types import Group, Question, UserError
 
@@ -81,27 +76,6 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
         )
 
 
-def check_retriever(url: str, config: Config) -> None:
-    """One search, with few tries: a retriever that is down should be told now, not after a rollout batch."""
-    client = RetrieverClient(
-        url=url,
-        topk=config.retriever.topk,
-        timeout_s=config.retriever.timeout_s,
-        retries=min(2, config.retriever.retries),
-    )
-
-    async def search() -> None:
-        async with client:
-            await client.search("is anybody there?")
-
-    asyncio.run(search())
-
-
-def longest_context(config: Config) -> int:
-    """Tokens an engine must take: a teacher prompt holds a whole trajectory beside the student's context."""
-    return max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
-
-
 class Session:
     """Open with `open_session`, which also closes what it started."""
 
@@ -120,82 +94,25 @@ class Session:
         stack.callback(close_parallel)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
-        self._engines: list[Engine] = []
-        self._sampler: Sampler | None = None
-        self._teacher_sampler: Sampler | None = None
+        self.servers: Servers | None = None  # on rank 0
+        self.metrics: MetricsLog | None = None  # on rank 0
         self._probe_ids: list[tuple[int, ...]] = []
-        self.metrics: MetricsLog | None = None
-        self.from_writer(lambda: self._start_servers(stack))
+        self.from_writer(lambda: self._start(stack, probe_file=getattr(config.data, needs[0])))
 
-    def _start_servers(self, stack: contextlib.ExitStack) -> None:
-        from transformers import AutoTokenizer
-
-        config = self.config
+    def _start(self, stack: contextlib.ExitStack, *, probe_file: str) -> None:
+        """Rank 0's part: the record, the servers, and what to probe the first sync with."""
         self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.run.metrics_path, console=self.console)))
-        tokenizer = AutoTokenizer.from_pretrained(self.model_path)
-        self._tokenizer = tokenizer
-        started = time.monotonic()
-        # The engines load while the retriever starts.
-        for number in range(config.engine.count):
-            self._engines.append(self._start_engine(number))
-            stack.callback(self._engines[-1].stop)
-        url = config.retriever.url
-        if not url:
-            server = launch_retriever(
-                corpus=config.retriever.corpus,
-                index=config.retriever.index,
-                topk=config.retriever.topk,
-                port=config.retriever.port,
-                log_path=self.run.directory / "logs" / "retriever.log",
-                device=config.retriever.device,
-                encoder=config.retriever.encoder,
-                style=config.retriever.style,
-                start_timeout_s=config.engine.start_timeout_s,
-            )
-            stack.callback(server.stop)
-            url = server.url
-        for engine in self._engines:
-            engine.wait_until_ready(timeout_s=config.engine.start_timeout_s, progress=None)
-        self.tell(f"retriever and {len(self._engines)} engine(s) ready ({time.monotonic() - started:.0f} s)")
-        retriever = RetrieverClient(
-            url=url,
-            topk=config.retriever.topk,
-            timeout_s=config.retriever.timeout_s,
-            retries=config.retriever.retries,
-        )
-        check_retriever(url, config)
-
-        def sampler(rollout):  # type: ignore[no-untyped-def]
-            return Sampler(
-                engines=self._engines,
-                retriever=retriever,
-                tokenizer=tokenizer,
-                rollout=rollout,
-                prompt=config.prompt,
-            )
-
-        self._sampler = sampler(config.rollout)
-        # The teacher's prompt holds a whole trajectory: the student's caps would cut it.
-        longest = longest_context(config)
-        self._teacher_sampler = sampler(replace(config.rollout, max_start_tokens=longest, max_context_tokens=longest))
-
-    def _start_engine(self, number: int) -> Engine:
-        config, device = self.config, self.layout.device.type
-        return start_engine(
+        self.servers = start_servers(
+            self.config,
             model_path=self.model_path,
-            device=f"cuda:{number * config.engine.tensor}" if device == "cuda" else device,
-            dtype=str(train_dtype(config.train, self.layout.device)).removeprefix("torch."),
-            tensor=config.engine.tensor,
-            port=config.engine.port + number if config.engine.port else 0,
-            seed=config.run.seed + number,
-            mem_fraction=config.engine.mem_fraction,
-            max_total_tokens=config.engine.max_total_tokens,
-            max_running=config.engine.max_running,
-            context_length=longest_context(config) + config.rollout.max_response_tokens,
-            attention_backend=config.engine.attention_backend,
-            log_path=self.run.directory / "logs" / f"engine{number}.log",
-            request_timeout_s=config.engine.request_timeout_s,
+            device=self.layout.device.type,
+            dtype=str(train_dtype(self.config.train, self.layout.device)).removeprefix("torch."),
+            log_dir=self.run.directory / "logs",
+            stack=stack,
+            tell=self.tell,
         )
+        # Prompts, until there are trajectories.
+        self._probe_ids = [self.servers.student_prompt(q) for q in load_questions(probe_file)[:PROBE_SEQUENCES]]
 
     # -- talking ----------------------------------------------------------------------------------
 
@@ -225,6 +142,9 @@ class Session:
         self, model_path: Path, *, optimizer: OptimizerSettings | None, lora: LoraSettings | None = None
     ) -> Policy:
         """A policy from a HuggingFace folder in this run's layout. Collective."""
+        gc.collect()  # the model of the stage before is cyclic garbage, and its memory is needed now
+        if self.layout.device.type == "cuda":
+            torch.cuda.empty_cache()
         return Policy(
             model_path=model_path, layout=self.layout, train=self.config.train, optimizer=optimizer, lora=lora
         )
@@ -236,20 +156,12 @@ class Session:
         """
         version = f"{stage}:{policy.version}"
         weights = policy.hf_weights()
-        if self.layout.is_writer:
-            self._load_engines(buckets(weights, self.config.engine.sync_bucket_mb << 20), version=version)
-        else:
+        if self.servers is not None:
+            self.servers.load_weights(weights, version=version)
+        else:  # this rank's part of the gathering
             for _ in weights:
                 pass
         self._probe(policy)
-
-    def _load_engines(self, weights: Iterator[list[tuple[str, Tensor]]], *, version: str) -> None:
-        if len(self._engines) == 1:
-            self._engines[0].load_weights(weights, version=version)
-            return
-        kept = list(weights)
-        for engine in self._engines:
-            engine.load_weights(kept, version=version)
 
     def _probe(self, policy: Policy) -> None:
         """Compare logprobs of a few sequences between engines and trainer: a silent sync fault trains on garbage."""
@@ -269,7 +181,8 @@ class Session:
 
         def compare() -> None:
             tolerance = self.config.train.sync_tolerance or (1e-4 if policy.dtype == torch.float32 else 0.05)
-            for number, engine in enumerate(self._engines):
+            assert self.servers is not None
+            for number, engine in enumerate(self.servers.engines):
                 for trainer_row, engine_row in zip(trainer, engine.logprobs([list(x) for x in ids]), strict=True):
                     gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
                     if not gap <= tolerance:  # NaN too
@@ -289,9 +202,9 @@ class Session:
         """`samples` scored trajectories per question, from the weights of the last sync. Collective."""
 
         def run() -> list[Group]:
-            assert self._sampler is not None
+            assert self.servers is not None
             with progress_line(self.console, title) as progress:
-                return self._sampler.groups(
+                return self.servers.student.groups(
                     questions, samples=samples, temperature=temperature, seed=seed, progress=progress
                 )
 
@@ -305,21 +218,13 @@ class Session:
         """Trajectories continued from given prompts and spans, which may hold a reference. Collective."""
 
         def run() -> list[Group]:
-            assert self._teacher_sampler is not None
+            assert self.servers is not None
             with progress_line(self.console, title) as progress:
-                return self._teacher_sampler.sample(
+                return self.servers.teacher.sample(
                     starts, samples=samples, temperature=temperature, seed=seed, progress=progress
                 )
 
         return self.from_writer(run)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a user message. On rank 0 only."""
-        return encode_prompt(text, self._tokenizer)
-
-    def student_prompt(self, question: Question) -> tuple[int, ...]:
-        """P_S(q) of Eq. 3 as token ids. On rank 0 only."""
-        return self.encode(student_prompt(question.text, self.config.prompt))
 
     def _remember_for_probe(self, groups: Sequence[Group]) -> None:
         found = (
@@ -370,17 +275,3 @@ def open_session(config: Config, *, needs: Sequence[str] = DATA_FILES) -> Iterat
 def is_first_process() -> bool:
     """Rank 0, before process groups exist."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def buckets(weights: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors in lists of about `bucket_bytes`, so that a sync never holds the whole model."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in weights:
-        if bucket and size + tensor.nbytes > bucket_bytes:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

@@ -1,0 +1,102 @@
+"""One tiny cycle with every real part, stopped in the middle and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import searche1
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """A run that got Ctrl-C when its OPSD round began: its folder, what it printed, its exit code."""
+    out = tmp_path_factory.mktemp("cycle") / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "searche1", "quickstart", "--fast", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if "== cycle0/opsd ==" in line:
+            process.send_signal(signal.SIGINT)
+    return out, "".join(printed), process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def finished(interrupted: tuple[Path, str, int]) -> tuple[Path, str]:
+    """The same command again, to its end."""
+    result = searche1("quickstart", "--fast", "--out", str(interrupted[0]), timeout_s=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return interrupted[0], result.stdout
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_process_behind(interrupted: tuple[Path, str, int]) -> None:
+    out, printed, exit_code = interrupted
+    assert exit_code == 130, printed
+    assert "the same command continues" in printed and "Traceback" not in printed
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if str(out).encode() in command]
+
+
+def test_the_same_command_skips_what_is_finished(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert "start: finished earlier, skipped" in printed
+    assert "cycle0/grpo: finished earlier, skipped" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["start", "cycle0/grpo", "cycle0/opsd"]
+    assert summary["final_model"] == "final"
+    for stage in summary["stages"]:
+        assert stage["num_questions"] == 300 and 0 < stage["em"] < 1 and stage["mean_searches"] > 1
+
+
+def test_a_finished_run_only_shows_its_table(finished: tuple[Path, str]) -> None:
+    result = searche1("quickstart", "--fast", "--out", str(finished[0]))
+    assert result.returncode == 0 and "is finished" in result.stdout and "cycle0/opsd" in result.stdout
+
+
+def test_the_final_folder_is_a_huggingface_model(finished: tuple[Path, str]) -> None:
+    final = finished[0] / "final"
+    model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    ids = tokenizer("<q> what is the author of bal dur ?</q>", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] == ids.shape[1] + 5
+    trained, started = (
+        load_file(final / "model.safetensors"),
+        load_file(finished[0] / "cycle0/grpo/hf/model.safetensors"),
+    )
+    assert trained.keys() == started.keys()
+
+
+def test_the_merged_model_is_the_grpo_model_with_its_adapter(finished: tuple[Path, str]) -> None:
+    out = finished[0]
+    base = AutoModelForCausalLM.from_pretrained(out / "cycle0/grpo/hf", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, out / "cycle0/opsd/adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(out / "cycle0/opsd/hf", dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) -> None:
+    out = finished[0]
+    for name in ("config.yaml", "provenance.json", "metrics.jsonl", "report.html", "curve.png", "logs/engine0.log"):
+        assert (out / name).is_file(), name
+    pairs = [json.loads(line) for line in (out / "cycle0/opsd/pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 32 and {"question", "outcome", "rewards"} <= pairs[0].keys()
+    check = json.loads((out / "cycle0/opsd/teacher_check.json").read_text())
+    assert check["gap"] == pytest.approx(check["teacher_em"] - check["student_em"])
