@@ -27,8 +27,8 @@ def load_questions(path: str | Path) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"question file not found: {path}; give an existing .jsonl or .parquet file. "
-            f"tools/prepare_data.py writes the files of the paper's benchmarks."
+            f"question file not found: {path}; give an existing .jsonl or .parquet file "
+            "(Search-R1's parquet files are read as they are)"
         )
     if path.suffix == ".jsonl":
         placed = _jsonl_questions(path)

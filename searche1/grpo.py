@@ -285,9 +285,11 @@ def log_step(
         stage=stage, step=step + 1, num_steps=session.config.grpo.steps, values=values, seconds=phases.seconds
     )
     if step == 0:  # docs/debugging.md says what each of these should be, and why it might not
+        first = updates[0]
         session.tell(
-            f"  first step: mean ratio {values['ratio_mean']:.4f} (1), KL {values['kl']:.1e} (0), engine against trainer "
-            f"{values['engine_gap']:.1e} per logprob, truncated {values.get('truncated_share', 0):.1%}, "
-            f"invalid actions {values.get('invalid_action_share', 0):.1%}, "
-            f"groups of one reward {values.get('same_reward_share', 0):.0%}"
+            f"  first update: mean ratio {first['ratio_mean']:.4f} (1), KL {first['kl']:.1e} (0), "
+            f"engine against trainer {first['engine_gap']:.1e} per logprob, "
+            f"truncated {rollouts.get('truncated_share', 0):.1%}, "
+            f"invalid actions {rollouts.get('invalid_action_share', 0):.1%}, "
+            f"groups of one reward {rollouts.get('same_reward_share', 0):.0%}"
         )
