@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(command: Callable[[], int | None]) -> int:
     is_speaker = os.environ.get("RANK", "0") == "0"
+    sys.unraisablehook = _keep_interrupt
     try:
         return command() or 0
     except UserError as error:
@@ -38,6 +41,14 @@ def _guarded(command: Callable[[], int | None]) -> int:
         if is_speaker:
             print("\nsearche1: stopped; the same command continues from the last finished piece", file=sys.stderr)
         return 130
+
+
+def _keep_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops a Ctrl-C that arrives inside a destructor, and freeing a model runs many: send it again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ from searche1.world import (
 
 # What an attempt under the teacher prompt has done wrong so far. These mistakes carry no loss: the lesson
 # is that, whatever came before, the reference shows how to go on.
-ASTRAY = Habits(guess=0.03, half_name=0.4, give_up=0.15, repeat=0.3, stop_early=0.1, misread=0.08, malformed=0.03)
+ASTRAY = Habits(guess=0.03, half_name=0.4, give_up=0.15, repeat=0.4, stop_early=0.1, misread=0.1, malformed=0.03)
 # References are right but not always frugal, like those that a policy finds among its own trajectories.
 REFERENCE = Habits(half_name=0.2, repeat=0.25)
 
@@ -56,7 +56,8 @@ SPACE = "\u0120"  # a space in the alphabet of byte-level BPE
 MAX_POSITIONS = 1024
 
 COPY_STEPS, COPY_SEQUENCES, COPY_LR = 300, 96, 5e-3
-FORMAT_STEPS, STUDENT_SEQUENCES, TEACHER_SEQUENCES, FORMAT_LR = 1500, 20, 12, 4e-3
+FORMAT_STEPS, STUDENT_SEQUENCES, TEACHER_SEQUENCES, FORMAT_LR = 1900, 20, 12, 4e-3
+ATTRIBUTE_WEIGHTS = (1.0, 2.0, 3.0, 4.0)  # worlds differ in which wrong passages a search brings
 WARMUP_STEPS = 40
 WEIGHT_DECAY = 0.05
 MAX_CHUNK_TOKENS = 1536
@@ -198,7 +199,7 @@ def format_batches(tokenizer: Qwen2Tokenizer, rng: random.Random) -> Iterator[li
     """
     while True:
         world = build_world(rng.getrandbits(48), is_warm_start=True)
-        retrieve = overlap_retriever(world.facts)
+        retrieve = overlap_retriever(world.facts, attribute_weight=rng.choice(ATTRIBUTE_WEIGHTS))
         puzzles = rng.sample(world.train + world.validation + world.test, STUDENT_SEQUENCES + TEACHER_SEQUENCES)
         students = [
             ((student_prompt(puzzle.question.text, TOY_PROMPT), "prompt"), *_pieces(puzzle, retrieve, IMPERFECT, rng))

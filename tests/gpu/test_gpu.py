@@ -1,0 +1,130 @@
+"""What only a GPU shows: NCCL, bfloat16, Transformer Engine where it imports, CUDA handles, engine sleep.
+
+Skipped as a whole on a machine without CUDA; scripts/gpu_check.sh runs it on one.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.lora import LoraSettings
+from megatron_ext.model import has_transformer_engine
+from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.parallel import Layout, close_parallel, init_parallel
+from searche1.config import OPSDConfig, TrainConfig
+from searche1.opsd import opsd_loss
+from searche1.packing import Sample, make_batches, row_weights
+from searche1.policy import Policy
+from searche1.rollout.engine import start_engine
+from searche1.rollout.servers import buckets
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+POLICY = Path(__file__).resolve().parents[2] / "searche1" / "assets" / "toy_policy"
+OPTIMIZER = OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0, distributed=True)
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[Layout]:
+    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cuda")
+    close_parallel()
+
+
+def samples() -> list[Sample]:
+    ids = [tuple((7 * k + 11 * n) % 400 + 3 for k in range(length)) for n, length in enumerate((40, 17, 90))]
+    return [Sample(x[:8], x[8:], (True,) * (len(x) - 8)) for x in ids]
+
+
+def batches(layout: Layout):  # type: ignore[no-untyped-def]
+    packed = samples()
+    weights = row_weights(packed, "sequence_mean")
+    return make_batches(packed, weights, max_tokens=512, multiple_of=1, rank=0, num_ranks=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.15)])
+def test_logprobs_follow_transformers(layout: Layout, dtype: str, tolerance: float) -> None:
+    from transformers import AutoModelForCausalLM
+
+    policy = Policy(model_path=POLICY, layout=layout, train=TrainConfig(dtype=dtype), optimizer=None)
+    packed = batches(layout)
+    found = policy.by_sample(packed, policy.logprobs(packed, temperature=1.0), num_samples=3)
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).cuda()
+    for sample, mine in zip(samples(), found, strict=True):
+        ids = torch.tensor([sample.prompt_ids + sample.response_ids], device="cuda")
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        theirs = logprobs[7:-1].gather(1, ids[0, 8:, None])[:, 0].cpu()
+        assert (torch.tensor(mine) - theirs).abs().mean() < tolerance
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_an_opsd_update_in_bfloat16_lowers_its_loss(layout: Layout, recompute: str) -> None:
+    policy = Policy(
+        model_path=POLICY,
+        layout=layout,
+        train=TrainConfig(dtype="bfloat16", recompute=recompute),
+        optimizer=OPTIMIZER,
+        lora=LoraSettings(rank=8, alpha=16, seed=0),
+    )
+    packed = batches(layout)
+    # Any fixed target will do: the rows of another order of the same samples' hidden states.
+    with policy.adapter_disabled():
+        teacher = [rows.roll(1, dims=0) for rows in policy.hidden_rows(packed)]
+    settings = OPSDConfig()
+
+    def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        kl = policy.clipped_kl(hidden, teacher[index], kl_clip=settings.kl_clip, temperature=1.0)
+        return opsd_loss(kl, packed[index].weights.to(hidden.device))
+
+    losses = [policy.train_step(packed, loss, lr=1e-3)["loss"] for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_path: Path) -> None:
+    policy = Policy(model_path=POLICY, layout=layout, train=TrainConfig(dtype="float32"), optimizer=OPTIMIZER)
+    packed = batches(layout)
+
+    def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = policy.token_logprobs(hidden, packed[index].targets, temperature=1.0)
+        value = -(packed[index].weights.to(hidden.device) * found.logprobs).sum()
+        return value, {"loss": value.detach()}
+
+    policy.train_step(packed, loss, lr=1e-2)  # now the engine's own weights are stale
+    trainer = policy.by_sample(packed, policy.logprobs(packed, temperature=1.0), num_samples=3)
+    with start_engine(
+        model_path=POLICY,
+        device="cuda",
+        dtype="float32",
+        tensor=1,
+        port=0,
+        seed=0,
+        mem_fraction=0.2,
+        max_total_tokens=20000,
+        max_running=64,
+        context_length=1000,
+        attention_backend="triton",
+        log_path=tmp_path / "engine.log",
+    ) as engine:
+        engine.wait_until_ready(timeout_s=600)
+        ids = [list(s.prompt_ids + s.response_ids) for s in samples()]
+        for version in ("1", "2"):
+            engine.load_weights(buckets(policy.hf_weights(), 1 << 20), version=version)
+            for mine, theirs in zip(trainer, engine.logprobs(ids), strict=True):
+                gap = (torch.tensor(mine) - torch.tensor(theirs[7:])).abs().mean()
+                assert gap < 1e-2
+            free = torch.cuda.mem_get_info()[0]
+            engine.sleep()
+            assert torch.cuda.mem_get_info()[0] > free
+            engine.wake()
+
+
+def test_the_layer_spec_says_what_it_uses(layout: Layout) -> None:
+    policy = Policy(model_path=POLICY, layout=layout, train=TrainConfig(), optimizer=None)
+    names = {type(module).__name__ for module in policy._model.modules()}
+    assert ("TEDotProductAttention" in names) == has_transformer_engine()
+    assert ("PackedSelfAttention" in names) != has_transformer_engine()
