@@ -225,6 +225,7 @@ def config_keys(node: Any = Config, prefix: str = "") -> list[str]:
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """Defaults, then the YAML file, then `key=value` overrides. Raises UserError on anything that does not fit."""
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -248,12 +249,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error, source)) from error
-    except UserError:
-        raise
-    except Exception as error:  # YAML syntax: the parser's own message carries line and column
-        if type(error).__module__.startswith("yaml"):
-            raise UserError(f"{source} is not valid YAML: {error}") from error
-        raise
+    except yaml.YAMLError as error:  # the parser's message carries line and column
+        raise UserError(f"{source} is not valid YAML: {error}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
