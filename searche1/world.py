@@ -170,7 +170,7 @@ class Habits:
 
 
 CLEAN = Habits()
-IMPERFECT = Habits(guess=0.05, half_name=0.5, give_up=0.5, repeat=0.55, stop_early=0.15, misread=0.15, malformed=0.03)
+IMPERFECT = Habits(guess=0.05, half_name=0.5, give_up=0.35, repeat=0.6, stop_early=0.15, misread=0.28, malformed=0.03)
 
 
 def write_trajectory(puzzle: Puzzle, retrieve: Retrieve, *, habits: Habits, rng: random.Random) -> tuple[Piece, ...]:
