@@ -16,7 +16,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 # Stored per parameter in a canonical shape, so that any tensor, pipeline and data layout can read it.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Gathered parameter by parameter: all at once is three float32 copies of the model in every rank's host memory.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 def save_checkpoint(
@@ -43,6 +47,8 @@ def save_checkpoint(
 def load_checkpoint(model: DistributedDataParallel, optimizer: MegatronOptimizer, folder: Path) -> dict[str, Any]:
     """Fill model and optimizer from a checkpoint of any layout; returns its `state`. Collective."""
     inner = [o.optimizer for o in getattr(optimizer, "chained_optimizers", [optimizer])]
+    # What follows is about torch's Adam; Transformer Engine's keeps its step elsewhere.
+    inner = [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
     for adam in inner:
         _allocate_adam_state(adam)
     with _step_survives_resharding():

@@ -137,6 +137,9 @@ def attach_adapters(model: HiddenStateModel, shape: ModelShape, settings: LoraSe
     A linear keeps its name and weight; its adapter becomes the submodule `.lora` and adds to its output.
     """
     model.requires_grad_(False)
+    if model.pre_process:
+        # Activation recompute keeps a graph only if what enters the first layer needs a gradient.
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
     for layer in model.decoder.layers:
         for target, linear in _linears(layer):
             linear.lora = Adapter(linear, target, layer.layer_number - 1, shape, settings, layout)

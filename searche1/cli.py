@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from searche1.types import UserError
+from searche1.types import SharedError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        if is_speaker:
+        if is_speaker or not isinstance(error, SharedError):
             print(f"searche1: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

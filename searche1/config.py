@@ -67,6 +67,7 @@ class TrainConfig:
     recompute: str = "none"  # activation recompute: none, selective or full
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     logits_chunk: int = 2048  # rows per language-model-head chunk; bounds logit memory
+    timeout_s: float = 86400.0  # how long ranks wait for one another, rollouts that rank 0 drives included
     sync_tolerance: float = 0.0  # mean |engine - trainer| logprob allowed after a sync; 0: 1e-4 float32, 0.05 bfloat16
 
 
@@ -82,6 +83,8 @@ class EngineConfig:
     start_timeout_s: float = 600.0  # how long an engine may take to become healthy
     request_timeout_s: float = 600.0  # how long one generation may take
     attention_backend: str = ""  # SGLang attention backend; empty chooses by device
+    sampling_backend: str = ""  # SGLang sampling backend; empty lets SGLang choose
+    cuda_graph: bool = True  # capture decoding in CUDA graphs; needs nvcc or prebuilt kernels on some machines
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class RetrieverConfig:
     encoder: str = ""  # "minilm", folder or hub id; empty takes the one the index folder names
     style: str = ""  # e5, bge or plain: prefixes and pooling of an encoder given here
     device: str = "cpu"  # where the server this run starts encodes queries: cpu, cuda or cuda:N
+    threads: int = 1  # CPU threads of the server this run starts; 0 takes all cores, as a large exact index needs
     topk: int = 3  # passages per query (paper 4.1)
     port: int = 0  # port of the server this run starts; 0 picks a free one
     timeout_s: float = 30.0  # one HTTP request
@@ -253,7 +257,55 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         raise UserError(f"{source} is not valid YAML: {error}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    check_values(config)
     return config
+
+
+CHOICES = {
+    "run.device": ("auto", "cpu", "cuda"),
+    "train.dtype": ("auto", "float32", "bfloat16"),
+    "train.recompute": ("none", "selective", "full"),
+    "grpo.loss_norm": ("token_mean", "sequence_mean"),
+    "opsd.loss_norm": ("token_mean", "sequence_mean"),
+    "opsd.lr_decay": ("constant", "linear"),
+    "pairs.text": ("full", "policy"),
+}
+# Settings that may be 0, where 0 means "none" or "choose"; every other number must be positive.
+MAY_BE_ZERO = {
+    "run.seed",
+    "train.sync_tolerance",
+    "engine.port",
+    "engine.max_total_tokens",
+    "rollout.max_errors",
+    "retriever.port",
+    "retriever.threads",
+    "grpo.mini_batch_size",
+    "grpo.warmup_ratio",
+    "grpo.weight_decay",
+    "grpo.kl_coef",
+    "grpo.entropy_coef",
+    "grpo.advantage_eps",
+    "grpo.save_every",
+    "pool.max_questions",
+    "pairs.min_ref_searches",
+    "opsd.weight_decay",
+    "opsd.teacher_check_questions",
+    "eval.temperature",
+    "eval.validation_temperature",
+}
+
+
+def check_values(config: Config) -> None:
+    """Raises UserError for a value out of range: found now, not hours into the stage that would stumble over it."""
+    for key in config_keys():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{key} must be {', '.join(CHOICES[key][:-1])} or {CHOICES[key][-1]}, got {value!r}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            lowest = "0 or more" if key in MAY_BE_ZERO else "more than 0"
+            if not (value > 0 or (value == 0 and key in MAY_BE_ZERO)):  # NaN too
+                raise UserError(f"{key} must be {lowest}, got {value!r}")
 
 
 def _explain(error: Exception, source: str) -> str:

@@ -30,8 +30,8 @@ from searche1.runs import (
     set_final_model,
     write_manifest,
 )
-from searche1.session import DATA_FILES, Session, is_first_process, open_session
-from searche1.types import Group
+from searche1.session import Session, is_first_process, open_session
+from searche1.types import Group, UserError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ def run_cycle(config: Config) -> None:
             show_table(Path(config.run.out))
             print(f"\n{config.run.out} is finished; give another run.out (quickstart: --new) for a new run")
         return
-    needs = [name for name in DATA_FILES if name != "test" or config.cycle.evaluate_stages]
+    check_batch_size(config)
+    needs = ["train"]
+    needs += [] if config.cycle.skip_opsd else ["validation"]
+    needs += ["test"] if config.cycle.evaluate_stages else []
     with open_session(config, needs=needs) as session:
         model = session.model_path
         for stage in stages(session):
@@ -57,10 +60,23 @@ def run_cycle(config: Config) -> None:
         session.from_writer(lambda: finish(session, model))
 
 
+def check_batch_size(config: Config) -> None:
+    """Raises UserError if the training questions do not fill one rollout batch."""
+    if not Path(config.data.train).is_file():
+        return  # told by the session, with the other files
+    num_questions = len(load_questions(config.data.train))
+    if num_questions < config.grpo.prompts_per_step:
+        raise UserError(
+            f"grpo.prompts_per_step={config.grpo.prompts_per_step} but data.train holds {num_questions} questions; "
+            "lower it or give more questions"
+        )
+
+
 def is_finished(config: Config) -> bool:
     """Whether the run directory holds this very run, done to its end: then nothing needs to be started."""
     directory = Path(config.run.out)
-    if not (directory / "summary.json").is_file() or read_summary(directory).final_model is None:
+    summary = read_summary(directory)
+    if summary.final_model is None or not all(is_complete(directory / stage.name) for stage in summary.stages):
         return False
     if is_first_process():
         open_run(directory, config)  # refuses other settings
@@ -72,6 +88,8 @@ def run_single_stage(config: Config, kind: str) -> None:
     config = replace(
         config, cycle=replace(config.cycle, evaluate_stages=config.cycle.evaluate_stages or kind == "eval")
     )
+    if kind == "grpo":
+        check_batch_size(config)
     needs = {"grpo": ["train"], "opsd": ["train", "validation"], "eval": []}[kind]
     if config.cycle.evaluate_stages:
         needs.append("test")

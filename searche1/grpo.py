@@ -6,6 +6,7 @@ Shapes: R rows (policy tokens) of a micro-batch.
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def grpo_loss(
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    log_ref_ratio = ref_logprobs - logprobs
+    log_ref_ratio = (ref_logprobs - logprobs).clamp(-20.0, 20.0)  # exp stays finite, and so does the gradient
     kl = (log_ref_ratio.exp() - log_ref_ratio - 1).clamp(max=10.0)  # k3 estimator; the bound is verl's
     loss = (weights * (kl_coef * kl - surrogate - entropy_coef * entropy)).sum()
     with torch.no_grad():
@@ -164,13 +165,20 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
         with phases("train"):
             lr = learning_rate(step, lr=settings.lr, warmup_ratio=settings.warmup_ratio, num_steps=settings.steps)
             updates = grpo_step(policy, reference, groups, config=config, lr=lr)
-        if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
-            with phases("checkpoint"):
-                policy.save_checkpoint(folder / "checkpoints" / f"step_{step + 1}", step=step + 1)
         if session.layout.is_writer:
             write_groups(folder / "rollouts" / f"step_{step + 1:05d}.jsonl.gz", groups)
         log_step(session, stage, step, groups, updates, phases)
+        if all(update["is_skipped"] for update in updates):
+            raise UserError(
+                f"{stage} step {step + 1}: no update had a finite gradient, so the weights did not move; "
+                "the same would happen again. Lower grpo.lr, or look at metrics.jsonl for the step where it began"
+            )
+        # Last, so that a continued run lacks no record of a step.
+        if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
+            save_checkpoint(session, policy, folder / "checkpoints", step=step + 1)
     policy.save_hf(folder / "hf")
+    if session.layout.is_writer:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the round is over; nobody continues it
     return folder / "hf"
 
 
@@ -248,6 +256,15 @@ def row_tensors(
         advantages=advantages,
         engine_logprobs=torch.tensor(engine, device=device),
     )
+
+
+def save_checkpoint(session: Session, policy: Policy, folder: Path, *, step: int) -> None:
+    """Write the checkpoint of a step and drop the ones before it. Collective."""
+    policy.save_checkpoint(folder / f"step_{step}", step=step)
+    if session.layout.is_writer:
+        for older in folder.glob("step_*"):
+            if older.name != f"step_{step}":
+                shutil.rmtree(older)
 
 
 def resume(session: Session, policy: Policy, checkpoints: Path) -> int:

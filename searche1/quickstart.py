@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: 
 
     name = f"quickstart{'-fast' if is_fast else ''}-seed{seed}"
     directory = Path(out) if out else Path("runs") / name
+    if is_new and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--new picks a folder, which several processes cannot agree on; give each run its own --out")
     if is_new:
         directory = next_free(directory)
     world = directory / "world"

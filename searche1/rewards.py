@@ -26,7 +26,7 @@ def exact_match(prediction: str, answers: Iterable[str]) -> bool:
 
 
 def em_reward(trajectory: Trajectory, question: Question) -> float:
-    """1.0 if the last complete answer that the policy wrote matches, else 0.0.
+    """1.0 if the last complete answer that the policy wrote in one turn matches, else 0.0.
 
     Only policy text is read: the prompt and the error message contain example answers, which Search-R1's code grades
     when there is no other. A trajectory of status "error" gets 0.0 whatever it holds, and the caller leaves it out by
@@ -34,5 +34,7 @@ def em_reward(trajectory: Trajectory, question: Question) -> float:
     """
     if trajectory.status == "error":
         return 0.0
-    answer = last_answer(trajectory.policy_text)
+    # Turn by turn: a tag left open in one must not swallow, or lend its opening to, the answer of another.
+    turns = (span.text for span in reversed(trajectory.spans) if span.author == "policy")
+    answer = next((answer for answer in map(last_answer, turns) if answer is not None), None)
     return float(answer is not None and exact_match(answer, question.answers))

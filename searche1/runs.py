@@ -10,6 +10,7 @@ A stage is finished when its manifest.json is there: it is written last, and in 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -44,6 +45,22 @@ HARMLESS_KEYS = frozenset(
         "retriever.port",
         "retriever.timeout_s",
         "retriever.retries",
+        "retriever.device",
+        "retriever.threads",
+        "engine.tensor",
+        "engine.attention_backend",
+        "engine.sampling_backend",
+        "engine.cuda_graph",
+        "parallel.tensor",  # checkpoints are read in any layout
+        "parallel.pipeline",
+        "parallel.sequence",
+        "train.max_tokens",  # row weights make the loss the same however a batch is packed
+        "train.recompute",
+        "train.logits_chunk",
+        "train.sync_tolerance",
+        "train.timeout_s",
+        "rollout.max_errors",
+        "opsd.teacher_check_questions",
         "rollout.max_in_flight",
         "grpo.save_every",
     }
@@ -130,6 +147,20 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_write_json(path: Path, value: Any) -> None:
     """Like `atomic_write_text`; raises ValueError on NaN and infinity, which are not JSON."""
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def only_run_in(directory: Path) -> Iterator[None]:
+    """Keeps a second process out of a run directory. Raises UserError if one is in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is running in {directory}; wait for it, or give another run.out"
+            ) from error
+        yield
 
 
 def open_run(out: str | Path, config: Config) -> Run:
@@ -310,7 +341,7 @@ def is_complete(stage_dir: Path) -> bool:
             if fault:
                 raise UserError(
                     f"{file} {fault} since the stage wrote it as part of its {name}; restore it, or delete "
-                    f"{stage_dir / 'manifest.json'} and the stages after this one to run them again"
+                    f"the folder {stage_dir}, those of the stages after it and final/ to run them again"
                 )
     return True
 

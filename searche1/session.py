@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,11 @@ from searche1.data import load_questions
 from searche1.metrics import MetricsLog
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, check_model, resolve_model, train_dtype
+from searche1.prompts import encode_prompt
 from searche1.rollout.sampler import Start
 from searche1.rollout.servers import Servers, longest_context, start_servers
-from searche1.runs import Run, open_run
-from searche1.types import Group, Question, UserError
+from searche1.runs import Run, only_run_in, open_run
+from searche1.types import Group, Question, SharedError, UserError
 
 T = TypeVar("T")
 
@@ -44,12 +45,15 @@ def choose_device(wanted: str) -> str:
         raise UserError(f"run.device must be auto, cpu or cuda, got {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda but torch sees no GPU; use run.device=cpu, or run `searche1 doctor`")
+    if wanted == "cpu" and torch.cuda.is_available():
+        raise UserError("run.device=cpu but torch sees a GPU, and SGLang would take it; set CUDA_VISIBLE_DEVICES=''")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def check_before_start(config: Config, model_path: Path, layout: Layout, needs: Sequence[str]) -> None:
     """Everything that can be found wrong in a second, before minutes of start-up. Raises UserError."""
     check_model(model_path, layout, config.train)
+    check_tokenizer(model_path, config)
     for name in needs:
         path = getattr(config.data, name)
         if not path:
@@ -76,28 +80,50 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
         )
 
 
+def check_tokenizer(model_path: Path, config: Config) -> None:
+    """Raises UserError if the model's folder has no tokenizer that can write its prompts."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model_path} holds no readable tokenizer: {str(error).splitlines()[0]}") from error
+    # A folder without tokenizer files loads as a tokenizer that knows no word.
+    if not encode_prompt(config.prompt.user, tokenizer):
+        raise UserError(f"{model_path} holds no tokenizer: prompts become no tokens; copy its tokenizer files there")
+
+
 class Session:
     """Open with `open_session`, which also closes what it started."""
 
-    def __init__(self, config: Config, run: Run, stack: contextlib.ExitStack, needs: Sequence[str]) -> None:
+    def __init__(self, config: Config, stack: contextlib.ExitStack, needs: Sequence[str]) -> None:
         self.config = config
-        self.run = run
         self.console = Console(stderr=False, highlight=False)
         device = choose_device(config.run.device)
         parallel = config.parallel
         try:
             self.layout = init_parallel(
-                tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence, device=device
+                tensor=parallel.tensor,
+                pipeline=parallel.pipeline,
+                sequence=parallel.sequence,
+                device=device,
+                timeout_s=config.train.timeout_s,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
         stack.callback(close_parallel)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
+        # Before the run directory holds these settings, which it would then insist on.
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
+        self.run: Run = self.from_writer(lambda: self._open_run(stack))
         self.servers: Servers | None = None  # on rank 0
         self.metrics: MetricsLog | None = None  # on rank 0
         self._probe_ids: list[tuple[int, ...]] = []
         self.from_writer(lambda: self._start(stack, probe_file=getattr(config.data, needs[0])))
+
+    def _open_run(self, stack: contextlib.ExitStack) -> Run:
+        stack.enter_context(only_run_in(Path(self.config.run.out)))
+        return open_run(self.config.run.out, self.config)
 
     def _start(self, stack: contextlib.ExitStack, *, probe_file: str) -> None:
         """Rank 0's part: the record, the servers, and what to probe the first sync with."""
@@ -122,7 +148,9 @@ class Session:
             self.console.print(message, markup=False, soft_wrap=True)
 
     def from_writer(self, function: Callable[[], T]) -> T:
-        """The result of `function` on rank 0, on every rank. Collective. Its UserError is raised on every rank."""
+        """The result of `function` on rank 0, on every rank. Collective. Its UserError is raised on every rank,
+        as a SharedError.
+        """
         outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
         if self.layout.is_writer:
             try:
@@ -133,7 +161,7 @@ class Session:
             dist.broadcast_object_list(outcome, src=0)
         value, problem = outcome[0]
         if problem is not None:
-            raise UserError(str(problem)) from problem
+            raise SharedError(str(problem)) from problem
         return value  # type: ignore[return-value]
 
     # -- policies and engines ---------------------------------------------------------------------
@@ -156,11 +184,15 @@ class Session:
         """
         version = f"{stage}:{policy.version}"
         weights = policy.hf_weights()
+        problem: UserError | None = None
         if self.servers is not None:
-            self.servers.load_weights(weights, version=version)
-        else:  # this rank's part of the gathering
-            for _ in weights:
-                pass
+            try:
+                self.servers.load_weights(weights, version=version)
+            except UserError as error:
+                problem = error
+        for _ in weights:  # this rank's part of the gathering, or what an engine's fault left of it
+            pass
+        self.from_writer(lambda: _raise(problem))
         self._probe(policy)
 
     def _probe(self, policy: Policy) -> None:
@@ -236,6 +268,11 @@ class Session:
         self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
 
 
+def _raise(problem: UserError | None) -> None:
+    if problem is not None:
+        raise problem
+
+
 @contextlib.contextmanager
 def progress_line(console: Console, title: str) -> Iterator[Callable[[int, int, float], None]]:
     """A line that says how far a long rollout is; rewritten in place on a terminal, every 10 s elsewhere."""
@@ -268,8 +305,7 @@ def open_session(config: Config, *, needs: Sequence[str] = DATA_FILES) -> Iterat
     `needs` names the data files that the run will read: a missing one is told before anything starts.
     """
     with contextlib.ExitStack() as stack:
-        run = open_run(config.run.out, config) if is_first_process() else Run(Path(config.run.out))
-        yield Session(config, run, stack, needs)
+        yield Session(config, stack, needs)
 
 
 def is_first_process() -> bool:

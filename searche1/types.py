@@ -22,6 +22,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises alike: one of them tells it."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One question. `(source, id)` is unique: ids restart in every data set."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModel, AutoTokenizer
 
 from searche1.types import UserError
@@ -63,6 +64,7 @@ class Encoder:
     def __init__(self, recipe: Recipe, device: str) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        transformers.utils.logging.disable_progress_bar()  # loading takes a second
         path = minilm_path() if recipe.encoder == "minilm" else recipe.encoder
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path)

@@ -182,22 +182,21 @@ def launch_retriever(
     log_path: str | Path,
     device: str,
     start_timeout_s: float,
+    threads: int = 1,
     encoder: str = "",
     style: str = "",
 ) -> RetrieverServer:
-    """Starts a server on the loopback interface and returns when it answers. Port 0 picks a free one.
+    """Starts a server on the loopback interface and returns when it answers.
 
-    Raises UserError that quotes the child's log. Call it from a thread that lasts, such as the main one:
-    Linux ends the child with the thread that started it.
+    Port 0 picks a free one, 0 threads take all cores. Raises UserError that quotes the child's log. Call it from a
+    thread that lasts, such as the main one: Linux ends the child with the thread that started it.
     """
     log_path = Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
     options = {"corpus": corpus, "index": index, "topk": topk, "encoder": encoder, "style": style, "device": device}
+    options["threads"] = threads
     command = [sys.executable, "-m", "searche1.retrieval.server"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = dict(os.environ)
-    if device == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"  # the cores belong to the trainer and the engines
     # The child gets our bound socket: nobody can take the port in between. Its own session keeps a
     # Ctrl-C for us, who may still need it to finish.
     with bind("127.0.0.1", port) as bound, log_path.open("ab") as log:
@@ -209,7 +208,6 @@ def launch_retriever(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[bound.fileno()],
-            env=environment,
             start_new_session=True,
         )
     server = RetrieverServer(process, url, log_path)
@@ -268,11 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--encoder", default="", help="encoder of a bare FAISS file, or where the index's encoder lies")
     parser.add_argument("--style", default="", help="encoder style of a bare FAISS file: e5, bge or plain")
     parser.add_argument("--device", default="auto", help="device of the encoder: auto, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of encoder and index (default: all cores)")
     parser.add_argument("--fd", type=int, default=-1, help=argparse.SUPPRESS)  # both set by launch_retriever
     parser.add_argument("--parent", type=int, default=-1, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.parent != -1:
         _end_with_parent(arguments.parent)
+    # Before torch and FAISS load: they read it once, and a launcher's 1 is meant for its own ranks.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads or len(os.sched_getaffinity(0)))
     try:
         run_retriever(
             corpus=arguments.corpus,

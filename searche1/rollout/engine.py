@@ -238,6 +238,8 @@ def start_engine(
     attention_backend: str,
     log_path: str | Path,
     request_timeout_s: float = 600.0,
+    sampling_backend: str = "",
+    cuda_graph: bool = True,
 ) -> Engine:
     """Starts a server and returns at once; `Engine.wait_until_ready` comes next.
 
@@ -264,6 +266,10 @@ def start_engine(
         command += ["--enable-deterministic-inference"]  # a request's own seed counts
     else:
         command += ["--device", "cuda", "--base-gpu-id", index or "0"]
+        if sampling_backend:
+            command += ["--sampling-backend", sampling_backend]
+        if not cuda_graph:
+            command += ["--disable-cuda-graph"]
         if attention_backend:
             command += ["--attention-backend", attention_backend]
         if max_total_tokens:

@@ -79,6 +79,8 @@ def start_servers(
             max_running=config.engine.max_running,
             context_length=longest_context(config) + config.rollout.max_response_tokens,
             attention_backend=config.engine.attention_backend,
+            sampling_backend=config.engine.sampling_backend,
+            cuda_graph=config.engine.cuda_graph,
             log_path=log_dir / f"engine{number}.log",
             request_timeout_s=config.engine.request_timeout_s,
         )
@@ -95,6 +97,7 @@ def start_servers(
             device=config.retriever.device,
             encoder=config.retriever.encoder,
             style=config.retriever.style,
+            threads=config.retriever.threads,
             start_timeout_s=config.engine.start_timeout_s,
         )
         stack.callback(server.stop)
@@ -133,8 +136,8 @@ def check_retriever(url: str, config: Config) -> None:
 
 
 def longest_context(config: Config) -> int:
-    """Tokens an engine must take: a teacher prompt holds a whole trajectory beside the student's context."""
-    return max(config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
+    """Tokens an engine must take: a whole trajectory when a sync is probed, or a teacher prompt with one in it."""
+    return max(config.rollout.max_start_tokens + config.rollout.max_context_tokens, config.opsd.max_teacher_tokens)
 
 
 def buckets(weights: Iterator[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
