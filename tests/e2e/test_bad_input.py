@@ -10,7 +10,7 @@ from command import POLICY, ROOT, searche1, settings
 
 from searche1.cli import main
 from searche1.config import load_config
-from searche1.runs import open_run
+from searche1.runs import only_run_in, open_run
 
 FAST = str(ROOT / "configs" / "quickstart-fast.yaml")
 
@@ -45,6 +45,8 @@ def told(exit_code: int, out: str, error: str) -> str:
         ("train.max_tokens=100", "memory budget"),
         ("engine.max_total_tokens=500", "cannot hold one sequence"),
         ("train.dtype=int8", "train.dtype"),
+        ("grpo.prompts_per_step=9999", "grpo.prompts_per_step=9999 but data.train holds"),
+        ("opsd.validate_every=0", "opsd.validate_every must be more than 0"),
     ],
 )
 def test_a_wrong_setting_is_told_before_anything_starts(
@@ -52,6 +54,56 @@ def test_a_wrong_setting_is_told_before_anything_starts(
 ) -> None:
     code = main(["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run"), wrong])
     assert said in told(code, *capsys.readouterr())
+
+
+def test_a_model_without_its_tokenizer_is_told_before_anything_starts(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(POLICY, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    arguments = [*settings(toy_world, tmp_path / "run"), f"model.path={bare}"]
+    code = main(["cycle", "--config", FAST, *arguments])
+    message = told(code, *capsys.readouterr())
+    assert f"{bare} holds no" in message and "tokenizer" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cycle_without_distillation_needs_no_validation_questions(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus, which is looked at after the data files, is what it then misses."""
+    arguments = [*settings(toy_world, tmp_path / "run"), "data.validation=", "retriever.corpus=nowhere.jsonl"]
+    skipping, whole = (
+        told(main(["cycle", "--config", FAST, *arguments, f"cycle.skip_opsd={skip}"]), *capsys.readouterr())
+        for skip in ("true", "false")
+    )
+    assert "nowhere.jsonl" in skipping and "data.validation" not in skipping
+    assert "data.validation is not set" in whole
+
+
+def test_a_refused_setting_leaves_no_run_that_insists_on_it(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run")]
+    told(main([*arguments, "grpo.lr=1e-3", "train.max_tokens=100"]), *capsys.readouterr())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_place_of_the_run_is_told(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("")
+    code = main(["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run")])
+    assert "is a file" in told(code, *capsys.readouterr())
+
+
+def test_a_run_that_another_process_is_in_is_told(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_run_in(tmp_path / "run"):
+        code = main(["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run")])
+    assert "another process is running in" in told(code, *capsys.readouterr())
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_retriever_that_is_down_is_told(toy_world: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_qwen2
 from safetensors.torch import load_file
+from tiny_models import make_qwen2
 from torch import Tensor
 
 pytestmark = pytest.mark.slow

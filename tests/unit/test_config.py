@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from searche1.config import Config, config_keys, describe, load_config
+from searche1.config import CHOICES, MAY_BE_ZERO, Config, check_values, config_keys, describe, load_config
 from searche1.types import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -66,6 +66,53 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override):
     key, value = override.split("=")
     with pytest.raises(UserError, match=f"config key '{key}'.*{value}"):
         load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("opsd.validate_every=0", "more than 0"),
+        ("rollout.temperature=0", "more than 0"),
+        ("pool.chunk_questions=0", "more than 0"),
+        ("grpo.lr=-1", "more than 0"),
+        ("grpo.lr=.nan", "more than 0"),
+        ("grpo.kl_coef=-0.1", "0 or more"),
+        ("grpo.kl_coef=.nan", "0 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_key_and_what_is_needed(override, needed):
+    key = override.split("=")[0]
+    with pytest.raises(UserError, match=rf"^{key} must be {needed}, got "):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("opsd.lr_decay=lineer", "constant or linear"),
+        ("pairs.text=x", "full or policy"),
+        ("train.recompute=some", "none, selective or full"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(override, needed):
+    key, value = override.split("=")
+    with pytest.raises(UserError, match=rf"^{key} must be {needed}, got '{value}'"):
+        load_config(overrides=[override])
+
+
+def test_a_value_out_of_range_in_a_file_is_refused_too(tmp_path):
+    with pytest.raises(UserError, match=r"^opsd\.epochs must be more than 0, got 0"):
+        load_config(write(tmp_path, "opsd: {epochs: 0}\n"))
+
+
+def test_zero_is_taken_where_it_means_none():
+    config = load_config(overrides=[f"{key}=0" for key in MAY_BE_ZERO])
+    assert config.grpo.kl_coef == config.retriever.threads == 0
+
+
+def test_the_defaults_are_in_range_and_every_rule_is_about_a_setting_that_exists():
+    check_values(Config())
+    assert set(CHOICES) | MAY_BE_ZERO <= set(config_keys())
 
 
 def test_a_value_in_place_of_a_section_is_refused():

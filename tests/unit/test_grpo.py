@@ -224,6 +224,15 @@ def test_the_kl_gradient_pulls_towards_the_reference():
     torch.testing.assert_close(logprobs.grad, 0.3 * 0.5 * (1 - (ref - logprobs.detach()).exp()))
 
 
+@pytest.mark.parametrize("gap", [-200.0, 200.0])
+def test_a_reference_that_is_far_away_gives_a_finite_loss_and_gradient(gap):
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, metrics = loss_of(logprobs, ref_logprobs=logprobs.detach() + torch.tensor([gap, 0.0]), kl_coef=0.3)
+    loss.backward()
+    assert torch.isfinite(logprobs.grad).all()
+    assert math.isfinite(loss.item()) and metrics["kl"].item() == pytest.approx(5.0)  # the bound of 10, in one row of 2
+
+
 def test_in_the_first_update_ratios_are_one_and_the_gradient_is_the_advantage():
     logprobs, advantages = torch.tensor([-0.3, -2.0, -7.0], requires_grad=True), torch.tensor([1.8, -0.4, 0.0])
     weights = torch.tensor([0.5, 0.3, 0.2])

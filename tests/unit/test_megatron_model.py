@@ -300,6 +300,17 @@ def test_recomputed_activations_give_the_same_update(make_policy, recompute):
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6)
 
 
+def test_an_adapter_gets_the_same_gradient_however_activations_are_recomputed(make_policy):
+    """Its base is frozen, embedding included, and a recomputed layer whose input needs no gradient gives none."""
+    plain, selective, full = (
+        update(make_policy(train=replace(TRAIN, recompute=recompute), lora=LORA))
+        for recompute in ("none", "selective", "full")
+    )
+    assert plain["grad_norm"] > 1e-2 and plain["is_skipped"] == 0.0
+    assert selective == pytest.approx(plain, rel=1e-5)
+    assert full == pytest.approx(plain, rel=1e-5)
+
+
 def test_the_gradient_norm_is_reported_before_it_is_clipped(make_policy):
     loose, tight = (make_policy(optimizer=replace(ADAM, grad_clip=clip)) for clip in (1e6, 1e-3))
     norms = [update(policy)["grad_norm"] for policy in (loose, tight)]

@@ -234,6 +234,13 @@ def test_a_linear_rate_reaches_zero_behind_the_last_update():
 # -- the round, with a session and a policy that only keep books -----------------------------------
 
 
+class CharServers:
+    """No engines; a token is a character."""
+
+    def encode(self, text):
+        return tuple(ord(letter) for letter in text)
+
+
 @dataclass
 class BookSession:
     """Answers as a session does; `rollouts` and `continuations` say what was asked for."""
@@ -245,6 +252,7 @@ class BookSession:
     continuations: list = field(default_factory=list)
     said: list = field(default_factory=list)
     metrics: None = None
+    servers: CharServers = field(default_factory=CharServers)
     layout: object = field(default_factory=lambda: SimpleNamespace(is_writer=True))
 
     def from_writer(self, function):
@@ -252,9 +260,6 @@ class BookSession:
 
     def tell(self, message):
         self.said.append(message)
-
-    def encode(self, text):
-        return tuple(ord(letter) for letter in text)
 
     def sync(self, policy, *, stage):
         pass

@@ -59,3 +59,19 @@ def test_an_unfinished_answer_earns_nothing():
 
 def test_a_failed_trajectory_earns_nothing_whatever_it_holds():
     assert em_reward(trajectory(("policy", "<answer> Beijing </answer>"), status="error"), QUESTION) == 0.0
+
+
+def test_an_answer_left_open_in_an_earlier_turn_does_not_hide_the_final_one():
+    stray = trajectory(
+        ("policy", "I may <answer> Shanghai"),
+        ("environment", "not valid, write <answer> Shanghai </answer>"),
+        ("policy", "then <answer> Beijing </answer>"),
+    )
+    assert em_reward(stray, QUESTION) == 1.0
+
+
+def test_an_answer_glued_together_from_two_turns_earns_nothing():
+    glued = trajectory(
+        ("policy", "so <answer> Bei"), ("environment", "try again"), ("policy", "jing </answer>"), status="unanswered"
+    )
+    assert em_reward(glued, QUESTION) == 0.0

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from searche1.runs import (
     atomic_write_json,
     atomic_write_text,
     is_complete,
+    only_run_in,
     open_run,
     read_manifest,
     read_summary,
@@ -98,6 +100,52 @@ def test_a_run_is_continued_on_another_port_and_with_more_patience(tmp_path):
     assert load_config(run.directory / "config.yaml") == now
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence=true",
+        "engine.tensor=2",
+        "train.max_tokens=4096",
+        "train.sync_tolerance=0.1",
+        "retriever.threads=0",
+    ],
+)
+def test_a_run_is_continued_on_another_machine_in_another_layout(tmp_path, override):
+    open_run(tmp_path / "run", Config())
+    now = load_config(None, [override])
+    assert now != Config()
+    run = open_run(tmp_path / "run", now)
+    assert load_config(run.directory / "config.yaml") == now
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from searche1.runs import only_run_in
+with only_run_in(Path(sys.argv[1])):
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_kept_out_of_a_run_until_the_first_has_left(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin is not None and first.stdout is not None
+        assert first.stdout.readline() == "inside\n"
+        with pytest.raises(UserError, match=r"another process is running in .*run; .*give another run\.out"):
+            with only_run_in(tmp_path / "run"):
+                pass
+        with only_run_in(tmp_path / "other"):  # in another folder it may be
+            pass
+        first.kill()  # a crash leaves no lock behind
+        first.wait(timeout=30)
+    with only_run_in(tmp_path / "run"):
+        pass
+
+
 def test_every_harmless_key_exists():
     tree = asdict(Config())
     assert all(key.split(".")[1] in tree[key.split(".")[0]] for key in HARMLESS_KEYS)
@@ -147,6 +195,16 @@ def test_a_finished_stage_whose_output_was_lost_or_changed_is_not_built_upon(tmp
     damage(stage)
     with pytest.raises(UserError, match=complaint):
         is_complete(stage)
+
+
+def test_the_way_out_of_a_damaged_stage_names_the_folder_to_delete(tmp_path):
+    stage = finished_stage(tmp_path)
+    (stage / "pairs.jsonl").unlink()
+    with pytest.raises(UserError) as refusal:
+        is_complete(stage)
+    assert f"delete the folder {stage}, " in str(refusal.value)
+    shutil.rmtree(stage)
+    assert not is_complete(stage)
 
 
 def test_summary_rows_keep_the_order_of_stages_and_a_repeated_stage_its_place(tmp_path):
