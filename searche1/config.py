@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -304,7 +305,8 @@ def check_values(config: Config) -> None:
             raise UserError(f"{key} must be {', '.join(CHOICES[key][:-1])} or {CHOICES[key][-1]}, got {value!r}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             lowest = "0 or more" if key in MAY_BE_ZERO else "more than 0"
-            if not (value > 0 or (value == 0 and key in MAY_BE_ZERO)):  # NaN too
+            is_finite = math.isfinite(value) or key == "opsd.kl_clip"  # an infinite clip is none
+            if not is_finite or value < 0 or (value == 0 and key not in MAY_BE_ZERO):
                 raise UserError(f"{key} must be {lowest}, got {value!r}")
 
 

@@ -151,8 +151,8 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
-    """Keeps a second process out of a run directory. Raises UserError if one is in it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Keeps a second process out of a run directory, made if it is missing. Raises UserError if one is in it."""
+    _make_directory(directory)
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,6 +160,11 @@ def only_run_in(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is running in {directory}; wait for it, or give another run.out"
             ) from error
+        except OSError as error:  # some network file systems know no locks
+            print(
+                f"searche1: {directory} cannot be locked ({error.strerror}): see that one process runs in it",
+                file=sys.stderr,
+            )
         yield
 
 
@@ -170,9 +175,7 @@ def open_run(out: str | Path, config: Config) -> Run:
     settings differ in anything but `HARMLESS_KEYS`.
     """
     directory = Path(out)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"run.out={out} is a file; give the name of a folder that exists or can be made")
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     config_path = directory / "config.yaml"
     if config_path.exists():
         _refuse_other_settings(config_path, config)
@@ -181,6 +184,12 @@ def open_run(out: str | Path, config: Config) -> Run:
     starts = json.loads(provenance_path.read_text())["starts"] if provenance_path.exists() else []
     atomic_write_json(provenance_path, {"starts": [*starts, provenance(seed=config.run.seed)]})
     return Run(directory)
+
+
+def _make_directory(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run.out={directory} is a file; give the name of a folder that exists or can be made")
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def config_to_yaml(config: Config) -> str:

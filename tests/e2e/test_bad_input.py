@@ -111,12 +111,15 @@ def test_a_retriever_that_is_down_is_told(toy_world: Path, tmp_path: Path) -> No
     assert "127.0.0.1:9" in refused("cycle", "--config", FAST, *arguments)
 
 
-def test_a_model_of_another_architecture_is_refused_by_name(toy_world: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_architecture_is_refused_by_name(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(POLICY, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
-    message = refused("cycle", "--config", FAST, *settings(toy_world, tmp_path / "run"), f"model.path={other}")
+    arguments = [*settings(toy_world, tmp_path / "run"), f"model.path={other}"]
+    message = told(main(["cycle", "--config", FAST, *arguments]), *capsys.readouterr())
     assert "GPT2LMHeadModel" in message and "Qwen2ForCausalLM" in message
 
 
@@ -129,10 +132,12 @@ def test_a_taken_port_is_told(toy_world: Path, tmp_path: Path) -> None:
         assert f"{port} is taken" in refused("cycle", "--config", FAST, *arguments)
 
 
-def test_continuing_a_run_with_other_settings_is_refused(toy_world: Path, tmp_path: Path) -> None:
+def test_continuing_a_run_with_other_settings_is_refused(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["cycle", "--config", FAST, *settings(toy_world, tmp_path / "run")]
     open_run(tmp_path / "run", load_config(FAST, arguments[3:]))
-    assert "grpo.lr" in refused(*arguments, "grpo.lr=1.0")
+    assert "grpo.lr" in told(main([*arguments, "grpo.lr=1.0"]), *capsys.readouterr())
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from searche1.grpo import (
     mini_batches,
     resume,
     row_tensors,
+    save_checkpoint,
     trained_samples,
 )
 from searche1.packing import pack, row_weights, sample_of
@@ -278,6 +279,9 @@ def test_without_a_warm_up_the_learning_rate_is_constant():
 class LoadingPolicy:
     loaded: str = ""
 
+    def save_checkpoint(self, folder, *, step):
+        folder.mkdir(parents=True)
+
     def load_checkpoint(self, folder):
         self.loaded = folder.name
         return int(folder.name.removeprefix("step_"))
@@ -292,3 +296,10 @@ def test_a_round_continues_behind_its_last_whole_checkpoint(tmp_path):
     policy = LoadingPolicy()
     assert resume(session, policy, tmp_path / "checkpoints") == 100
     assert policy.loaded == "step_100" and said == ["continuing from step_100"]
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
+    session = SimpleNamespace(layout=SimpleNamespace(is_writer=True))
+    for step in (90, 100):
+        save_checkpoint(session, LoadingPolicy(), tmp_path, step=step)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_100"]

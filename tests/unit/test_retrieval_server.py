@@ -58,6 +58,7 @@ def launch(
         port=port,
         log_path=log_path,
         device="cpu",
+        threads=2,
         start_timeout_s=start_timeout_s,
     )
 
@@ -176,6 +177,28 @@ def test_an_index_of_another_corpus_is_told_with_the_childs_own_words(built, tmp
 def test_a_server_that_takes_too_long_is_ended(built, tmp_path):
     with pytest.raises(UserError, match=r"did not answer within 0\.2 s"):
         launch(*built, tmp_path / "log", start_timeout_s=0.2)
+
+
+ALL_CORES = len(os.sched_getaffinity(0))
+THREADS = """
+import sys
+from searche1.retrieval.server import main
+main(["--corpus=nowhere.jsonl", "--index=nowhere", *sys.argv[1:]])  # which it says, once its threads are set
+import faiss
+print(faiss.omp_get_max_threads())
+"""
+
+
+@pytest.mark.parametrize(("options", "launcher_has", "expected"), [(["--threads=1"], 2, 1), ([], 1, ALL_CORES)])
+def test_the_server_searches_with_its_own_threads_whatever_its_launcher_has(options, launcher_has, expected):
+    command = [sys.executable, "-c", THREADS, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(launcher_has)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout == f"{expected}\n", result.stderr
+
+
+def test_a_launched_server_is_given_its_threads(server):
+    assert "--threads=2" in Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
 
 
 PARENT = """

@@ -135,9 +135,9 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_has_left(tmp_path
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdin is not None and first.stdout is not None
         assert first.stdout.readline() == "inside\n"
-        with pytest.raises(UserError, match=r"another process is running in .*run; .*give another run\.out"):
-            with only_run_in(tmp_path / "run"):
-                pass
+        refused = pytest.raises(UserError, match=r"another process is running in .*run; .*give another run\.out")
+        with refused, only_run_in(tmp_path / "run"):
+            pass
         with only_run_in(tmp_path / "other"):  # in another folder it may be
             pass
         first.kill()  # a crash leaves no lock behind
