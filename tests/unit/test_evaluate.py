@@ -36,6 +36,32 @@ def printed(table, width=80):
     return console.file.getvalue()
 
 
+BENCHMARKS = {
+    "nq": 3610,
+    "triviaqa": 11313,
+    "popqa": 14267,
+    "hotpotqa": 7405,
+    "2wikimultihopqa": 12576,
+    "musique": 2417,
+    "bamboogle": 125,
+}
+
+
+def test_all_51713_questions_of_the_seven_benchmarks_count_once_each():
+    one = answered()
+    groups = [
+        Group(Question(str(i), "q?", ("x",), source), (one,), (float(i % 4 == 0),))
+        for source, size in BENCHMARKS.items()
+        for i in range(size)
+    ]
+    result = summarize(groups)
+    assert result.overall.num_questions == 51_713
+    assert {source.source: source.num_questions for source in result.sources} == BENCHMARKS
+    by_source = {source.source: source.em for source in result.sources}
+    assert by_source["bamboogle"] == 32 / 125  # no batch of one item weighs as much as one of 512
+    assert result.macro_em == pytest.approx(sum(by_source.values()) / 7)
+
+
 def test_the_macro_average_weighs_sources_and_the_item_mean_weighs_questions():
     result = summarize(scored(90, 45) + scored(10, 9, source="bamboogle"))
     assert [(s.source, s.em, s.num_questions) for s in result.sources] == [("bamboogle", 0.9, 10), ("nq", 0.5, 90)]
