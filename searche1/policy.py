@@ -91,6 +91,20 @@ def model_settings(train: TrainConfig, layout: Layout) -> ModelSettings:
     return ModelSettings(train_dtype(train, layout.device), train.recompute)
 
 
+@contextlib.contextmanager
+def out_of_memory_told(train: TrainConfig) -> Iterator[None]:
+    """A GPU that runs out of memory becomes a UserError that names the settings which decide how much is needed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory: {str(error).splitlines()[0]} "
+            f"Lower train.max_tokens (now {train.max_tokens}) or train.logits_chunk (now {train.logits_chunk}), "
+            f"set train.recompute=full (now {train.recompute}), lower engine.mem_fraction, or spread the model with "
+            "parallel.tensor; a stopped run may be continued so"
+        ) from error
+
+
 class Policy:
     """Weights, adapters and optimizer state that live through a round."""
 
@@ -107,6 +121,7 @@ class Policy:
         self.layout = layout
         self.model_path = model_path
         self.version = 0  # counts updates; every completion carries the version that sampled it
+        self._train = train
         self._chunk = train.logits_chunk
         self.dtype = train_dtype(train, layout.device)
         try:
@@ -160,7 +175,8 @@ class Policy:
         self, batches: Sequence[PackedBatch], rows: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
         self._model.eval()
-        return run_schedule(self._model, [b.inputs for b in batches], rows, self.layout, forward_only=True)
+        with out_of_memory_told(self._train):
+            return run_schedule(self._model, [b.inputs for b in batches], rows, self.layout, forward_only=True)
 
     def by_sample(
         self, batches: Sequence[PackedBatch], rows: Sequence[Tensor], *, num_samples: int
@@ -185,7 +201,8 @@ class Policy:
         self._model.train()
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        kept = run_schedule(self._ddp, [b.inputs for b in batches], loss, self.layout, forward_only=False)
+        with out_of_memory_told(self._train):
+            kept = run_schedule(self._ddp, [b.inputs for b in batches], loss, self.layout, forward_only=False)
         update = apply_update(self._optimizer, lr=lr)
         self.version += 1
         metrics = self._reduce_metrics(kept)

@@ -7,23 +7,21 @@ detokenizer included. On a machine with CUDA this one steps aside.
 
 from __future__ import annotations
 
-import enum
-import importlib.machinery
 import importlib.util
-import sys
-import types
 
 import torch  # SGLang has imported it before it looks for plugins, and these three modules too
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from searche1.rollout.torchvision_stub import stub_torchvision
+
 
 def activate() -> str | None:
     """The platform class for a machine without CUDA, else None. SGLang calls it in each of its processes."""
     if torch.cuda.is_available():
         return None
-    if importlib.util.find_spec("torchvision") is None:
+    if importlib.util.find_spec("torchvision") is None:  # cpu_server has done it in the server's own processes
         stub_torchvision()  # here, because SGLang imports its model configurations right after
     return "searche1.rollout.cpu_platform:CpuPlatform"
 
@@ -76,32 +74,3 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         sampler.multinomial_with_seed = seeded_multinomial
         # The other half of deterministic inference replaces matrix products by Triton kernels.
         batch_invariant_ops.enable_batch_invariant_mode = lambda: None
-
-
-def stub_torchvision() -> None:
-    """Gives SGLang the two names that it imports for image models, so that text models run without torchvision.
-
-    torchvision's wheels do not load beside a CPU build of torch, so the CPU requirements leave it out.
-    """
-    import transformers
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    # Without torchvision transformers exports a dummy that raises; SGLang only calls .register(), which fills a table.
-    # The import above may have replaced the lazy top module, so the old and the new one are patched.
-    for module in (transformers, sys.modules["transformers"]):
-        vars(module)["AutoImageProcessor"] = AutoImageProcessor
-
-    class InterpolationMode(enum.Enum):
-        BILINEAR = "bilinear"
-        BICUBIC = "bicubic"
-
-    # transformers has looked for torchvision by now and keeps its answer, "not installed".
-    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-    for name in names:
-        stub = types.ModuleType(name)
-        stub.__spec__ = importlib.machinery.ModuleSpec(name, loader=None, is_package=True)
-        stub.__path__ = []
-        sys.modules[name] = stub
-    package, transforms, functional = (vars(sys.modules[name]) for name in names)
-    package["transforms"], transforms["functional"] = sys.modules[names[1]], sys.modules[names[2]]
-    transforms["InterpolationMode"] = functional["InterpolationMode"] = InterpolationMode

@@ -250,7 +250,8 @@ def start_engine(
     assert threading.current_thread() is threading.main_thread()
     kind, _, index = device.partition(":")
     port = _free_port(port)
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_path)]
+    module = "searche1.rollout.cpu_server" if kind == "cpu" else "sglang.launch_server"
+    command = [sys.executable, "-m", module, "--model-path", str(model_path)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]

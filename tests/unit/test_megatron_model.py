@@ -368,3 +368,11 @@ def test_a_checkpoint_replaces_an_older_one_of_the_same_name(make_policy, tmp_pa
         update(policy)
         policy.save_checkpoint(tmp_path / "last", step=step)
     assert make_policy().load_checkpoint(tmp_path / "last") == 2
+
+
+def test_a_gpu_without_memory_left_names_the_settings_that_decide(make_policy):
+    def loss(hidden, index):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    with pytest.raises(UserError, match=r"9\.00 GiB.*train\.max_tokens \(now 64\).*train\.recompute=full"):
+        make_policy().train_step(batches(), loss, lr=1e-3)
