@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from searche1.types import SharedError, UserError
+from searche1.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +35,10 @@ def _guarded(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except UserError as error:
-        if is_speaker or not isinstance(error, SharedError):
+        if is_speaker:
             print(f"searche1: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # torchrun ends all ranks when one ends: let rank 0 speak first
         return 2
     except KeyboardInterrupt:
         if is_speaker:

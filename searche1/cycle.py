@@ -42,8 +42,11 @@ class Stage:
     train: Callable[[Path, str], Path] | None  # None: judge the incoming model as it is
 
 
-def run_cycle(config: Config) -> None:
-    """The whole self-evolution run. Collective; under torchrun or as a single process."""
+def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> None:
+    """The whole self-evolution run. Collective; under torchrun or as a single process.
+
+    `prepare` runs on rank 0 before the data files are looked at.
+    """
     if is_finished(config):
         if is_first_process():
             show_table(Path(config.run.out))
@@ -53,7 +56,7 @@ def run_cycle(config: Config) -> None:
     needs = ["train"]
     needs += [] if config.cycle.skip_opsd else ["validation"]
     needs += ["test"] if config.cycle.evaluate_stages else []
-    with open_session(config, needs=needs) as session:
+    with open_session(config, needs=needs, prepare=prepare) as session:
         model = session.model_path
         for stage in stages(session):
             model = run_stage(session, stage, model)

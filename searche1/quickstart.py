@@ -44,8 +44,7 @@ def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: 
     )
     if is_first_process():
         print(f"run directory {directory}", flush=True)
-        make_world(world, seed=seed)
-    run_cycle(config)
+    run_cycle(config, prepare=lambda: make_world(world, seed=seed))
 
 
 def next_free(directory: Path) -> Path:

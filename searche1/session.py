@@ -35,7 +35,6 @@ from searche1.types import Group, Question, SharedError, UserError
 
 T = TypeVar("T")
 
-DATA_FILES = ("train", "validation", "test")
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
@@ -96,7 +95,9 @@ def check_tokenizer(model_path: Path, config: Config) -> None:
 class Session:
     """Open with `open_session`, which also closes what it started."""
 
-    def __init__(self, config: Config, stack: contextlib.ExitStack, needs: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, stack: contextlib.ExitStack, needs: Sequence[str], prepare: Callable[[], None]
+    ) -> None:
         self.config = config
         self.console = Console(stderr=False, highlight=False)
         device = choose_device(config.run.device)
@@ -110,8 +111,9 @@ class Session:
                 timeout_s=config.train.timeout_s,
             )
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise SharedError(str(error)) from error
         stack.callback(close_parallel)
+        self.from_writer(prepare)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
         # Before the run directory holds these settings, which it would then insist on.
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
@@ -299,13 +301,22 @@ def progress_line(console: Console, title: str) -> Iterator[Callable[[int, int, 
 
 
 @contextlib.contextmanager
-def open_session(config: Config, *, needs: Sequence[str] = DATA_FILES) -> Iterator[Session]:
+def open_session(
+    config: Config, *, needs: Sequence[str], prepare: Callable[[], None] = lambda: None
+) -> Iterator[Session]:
     """Start everything a run needs; stop all of it on the way out, also on Ctrl-C. Collective.
 
-    `needs` names the data files that the run will read: a missing one is told before anything starts.
+    `needs` names the data files that the run will read: a missing one is told before anything starts. `prepare` makes
+    them on rank 0 where that is the run's own work.
     """
     with contextlib.ExitStack() as stack:
-        yield Session(config, stack, needs)
+        try:
+            yield Session(config, stack, needs, prepare)
+        except UserError as error:
+            # The command line lets rank 0 speak; what only another rank found would be told by nobody.
+            if not isinstance(error, SharedError) and not is_first_process():
+                print(f"searche1: error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            raise
 
 
 def is_first_process() -> bool:
