@@ -301,6 +301,8 @@ def log_step(
     session.metrics.log(
         stage=stage, step=step + 1, num_steps=session.config.grpo.steps, values=values, seconds=phases.seconds
     )
+    if num_skipped := sum(update["is_skipped"] for update in updates):
+        session.tell(f"  {num_skipped:.0f} of {len(updates)} updates left the weights alone: a gradient was not finite")
     if step == 0:  # docs/debugging.md says what each of these should be, and why it might not
         first = updates[0]
         session.tell(

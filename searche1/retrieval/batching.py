@@ -98,7 +98,7 @@ class Batcher(Generic[Key, Value]):
             try:
                 values = await self._compute(keys)
                 assert len(values) == len(keys)
-            except Exception as error:
+            except Exception as error:  # whatever it is, every waiter of this batch raises it
                 for key in keys:
                     answer = self._answers.pop(key)
                     answer.set_exception(error)

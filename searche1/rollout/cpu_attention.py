@@ -36,5 +36,5 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
 
     def _attend(self, query, output, keys, values, scaling, enable_gqa, options):
         if options["is_cross_attn"] or options["sliding_window_size"] is not None:
-            raise NotImplementedError("a model with sliding windows or cross attention does not run on a CPU")
+            raise ValueError("a model with sliding windows or cross attention does not run on a CPU; use a GPU")
         return attend(query, output, keys=keys, values=values, chunks=self.chunks, scale=scaling, enable_gqa=enable_gqa)

@@ -65,6 +65,7 @@ def start_servers(
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     started = time.monotonic()
+    tell(f"starting {config.engine.count} SGLang engine(s) and the retriever, logs in {log_dir}")
     engines = []
     for number in range(config.engine.count):
         engine = start_engine(
