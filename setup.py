@@ -3,9 +3,29 @@
 torch and sglang stay out of install_requires: resolving them would fetch CUDA builds on a laptop.
 """
 
+import hashlib
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+ROWS = Path("megatron_ext/vocab_parallel/rows.cpp")
+
+
+def native_rows(level: str) -> Extension:
+    """The CPU kernels of the losses for an x86-64 level. Without a compiler pip goes on: plain torch does it slower."""
+    source = hashlib.sha256(ROWS.read_bytes()).hexdigest()
+    return Extension(
+        f"megatron_ext.vocab_parallel._rows_{level}",
+        [str(ROWS)],
+        define_macros=[("ROWS_SOURCE", f'"{source}"')],  # megatron_ext/vocab_parallel/native.py compares it
+        extra_compile_args=[
+            *("-std=gnu++17", "-O3", f"-march=x86-64-{level}", "-mprefer-vector-width=512", "-ffp-contract=fast"),
+            *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
+        ],
+        optional=True,
+    )
+
 
 setup(
     name="searche1",
@@ -16,7 +36,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["searche1", "searche1.*", "megatron_ext", "megatron_ext.*"]),
-    package_data={"searche1": ["assets/**/*"]},
+    package_data={"searche1": ["assets/**/*"], "megatron_ext": ["vocab_parallel/rows.cpp"]},
+    ext_modules=[native_rows("v3"), native_rows("v4")] if platform.machine() == "x86_64" else [],
     extras_require={
         "gpu": ["faiss-gpu>=1.15", "transformer-engine[pytorch]>=2.0"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],

@@ -26,7 +26,7 @@ from megatron_ext.attention import PackedSelfAttention
 from megatron_ext.hf_mapping import ModelShape, local_rules, padded_vocab_size
 from megatron_ext.norm import RMSNorm
 from megatron_ext.parallel import Layout
-from megatron_ext.vocab_parallel import VocabShard
+from megatron_ext.vocab_parallel import SAME_BITS_FOR, VocabShard, tile_cuts
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -202,9 +202,11 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
     """Which columns of the vocabulary this rank's head holds; columns past the real vocabulary are padding."""
     from megatron.core import parallel_state
 
-    size = padded_vocab_size(shape.vocab_size, layout.tensor) // layout.tensor
+    sizes = {tp: padded_vocab_size(shape.vocab_size, tp) // tp for tp in (*SAME_BITS_FOR, layout.tensor)}
+    size = sizes[layout.tensor]
     group = parallel_state.get_tensor_model_parallel_group() if layout.tensor > 1 else None
-    return VocabShard(group=group, start=layout.tensor_rank * size, vocab_size=shape.vocab_size)
+    cuts = tile_cuts(shape.vocab_size, tuple(sizes.values()))
+    return VocabShard(group, layout.tensor_rank * size, size, shape.vocab_size, cuts)
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:

@@ -136,7 +136,7 @@ log=$venv/install.log
 # after an interruption or a change the part without its line is done again.
 stamp=$venv/.searche1
 packages_line="packages $({ printf '%s\n' "$root" "$venv" && grep '^[A-Za-z]' "$lock"; } | sha256sum | cut -c1-16)"
-project_line="project $(sha256sum <"$root/setup.py" | cut -c1-16)"
+project_line="project $(cat "$root/setup.py" "$root/megatron_ext/vocab_parallel/rows.cpp" | sha256sum | cut -c1-16)"
 
 is_stamped() { grep -qxF "$1" "$stamp" 2>/dev/null; }
 

@@ -67,7 +67,8 @@ class TrainConfig:
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
     recompute: str = "none"  # activation recompute: none, selective or full
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
-    logits_chunk: int = 2048  # rows per language-model-head chunk; bounds logit memory
+    loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
+    logits_chunk: int = 2048  # rows per language-model-head chunk, unless materialized; bounds logit memory
     timeout_s: float = 86400.0  # how long ranks wait for one another, rollouts that rank 0 drives included
     sync_tolerance: float = 0.0  # mean |engine - trainer| logprob allowed after a sync; 0: 1e-4 float32, 0.05 bfloat16
 
@@ -266,6 +267,7 @@ CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "train.dtype": ("auto", "float32", "bfloat16"),
     "train.recompute": ("none", "selective", "full"),
+    "train.loss_mode": ("chunked", "recompute", "materialized"),
     "grpo.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.lr_decay": ("constant", "linear"),

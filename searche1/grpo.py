@@ -5,17 +5,20 @@ Shapes: R rows (policy tokens) of a micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_ext.optimizer import OptimizerSettings
+from megatron_ext.vocab_parallel import TokenLogprobs
 from searche1.config import Config
 from searche1.data import load_questions, question_batches, write_groups
 from searche1.metrics import Phases, rollout_metrics
@@ -37,36 +40,64 @@ def group_advantages(rewards: Sequence[float], *, eps: float) -> list[float]:
     return [(reward - mean) / (std + eps) for reward in rewards]
 
 
+@dataclass(frozen=True)
+class RowTensors:
+    """Per-row values of one micro-batch, [R] float32 each."""
+
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+    engine_logprobs: Tensor
+    weights: Tensor  # sum to one over the mini-batch
+
+    def part(self, rows: slice) -> RowTensors:
+        return RowTensors(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+
+
+class Terms(NamedTuple):
+    """The parts of Eq. 2 in each row, [R]."""
+
+    ratio: Tensor
+    surrogate: Tensor
+    kl: Tensor
+
+
+def grpo_terms(logprobs: Tensor, rows: RowTensors, *, clip_eps: float) -> Terms:
+    """Ratio, clipped surrogate and the KL to the reference policy."""
+    ratio = (logprobs - rows.old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    surrogate = torch.minimum(ratio * rows.advantages, clipped * rows.advantages)
+    log_ref_ratio = (rows.ref_logprobs - logprobs).clamp(-20.0, 20.0)  # exp stays finite, and so does the gradient
+    kl = (log_ref_ratio.exp() - log_ref_ratio - 1).clamp(max=10.0)  # k3 estimator; the bound is verl's
+    return Terms(ratio, surrogate, kl)
+
+
 def grpo_loss(
     logprobs: Tensor,  # [R], with gradient
     entropy: Tensor,  # [R], with gradient
+    rows: RowTensors,
     *,
-    old_logprobs: Tensor,  # [R]
-    ref_logprobs: Tensor,  # [R]
-    advantages: Tensor,  # [R]
-    weights: Tensor,  # [R], sum to one over the mini-batch
     clip_eps: float,
     kl_coef: float,
     entropy_coef: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 2 with a KL term to the reference policy and an entropy bonus; metrics are weighted sums."""
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    log_ref_ratio = (ref_logprobs - logprobs).clamp(-20.0, 20.0)  # exp stays finite, and so does the gradient
-    kl = (log_ref_ratio.exp() - log_ref_ratio - 1).clamp(max=10.0)  # k3 estimator; the bound is verl's
-    loss = (weights * (kl_coef * kl - surrogate - entropy_coef * entropy)).sum()
-    with torch.no_grad():
-        is_clipped = ratio * advantages > surrogate
-        metrics = {
-            "loss": loss.detach(),
-            "kl": (weights * kl).sum(),
-            "entropy": (weights * entropy).sum(),
-            "clip_fraction": (weights * is_clipped).sum(),
-            "ratio_mean": (weights * ratio).sum(),
-            "ratio_max": ratio.max() if len(ratio) else ratio.new_zeros(()),
-        }
-    return loss, metrics
+) -> Tensor:
+    """Eq. 2 with a KL term to the reference policy and an entropy bonus: a weighted sum over rows."""
+    terms = grpo_terms(logprobs, rows, clip_eps=clip_eps)
+    return (rows.weights * (kl_coef * terms.kl - terms.surrogate - entropy_coef * entropy)).sum()
+
+
+def grpo_metrics(found: TokenLogprobs, rows: RowTensors, *, clip_eps: float) -> dict[str, Tensor]:
+    """What the rows say, as weighted sums."""
+    terms = grpo_terms(found.logprobs, rows, clip_eps=clip_eps)
+    is_clipped = terms.ratio * rows.advantages > terms.surrogate
+    return {
+        "kl": (rows.weights * terms.kl).sum(),
+        "entropy": (rows.weights * found.entropy).sum(),
+        "clip_fraction": (rows.weights * is_clipped).sum(),
+        "ratio_mean": (rows.weights * terms.ratio).sum(),
+        "ratio_max": terms.ratio.max() if len(terms.ratio) else terms.ratio.new_zeros(()),
+        "engine_gap": (rows.weights * (rows.old_logprobs - rows.engine_logprobs).abs()).sum(),
+    }
 
 
 def learning_rate(step: int, *, lr: float, warmup_ratio: float, num_steps: int) -> float:
@@ -82,16 +113,6 @@ class TrainedSample:
     trajectory: Trajectory
     sample: Sample
     advantage: float
-
-
-@dataclass(frozen=True)
-class RowTensors:
-    """Per-row values of one micro-batch, [R] float32 each."""
-
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    advantages: Tensor
-    engine_logprobs: Tensor
 
 
 def trained_samples(groups: Sequence[Group], *, advantage_eps: float) -> list[TrainedSample]:
@@ -221,22 +242,17 @@ def grpo_step(
         )
 
         def loss(hidden: Tensor, index: int, *, batches=batches, rows=rows) -> tuple[Tensor, dict[str, Tensor]]:
-            batch, row = batches[index], rows[index]
-            new = policy.token_logprobs(hidden, batch.targets, temperature=temperature)
-            weights = batch.weights.to(hidden.device)
-            value, metrics = grpo_loss(
-                new.logprobs,
-                new.entropy,
-                old_logprobs=row.old_logprobs,
-                ref_logprobs=row.ref_logprobs,
-                advantages=row.advantages,
-                weights=weights,
-                clip_eps=settings.clip_eps,
-                kl_coef=settings.kl_coef,
-                entropy_coef=settings.entropy_coef,
-            )
-            gap = (row.old_logprobs - row.engine_logprobs).abs()
-            return value, {**metrics, "engine_gap": (weights * gap).sum()}
+            def row_loss(new: TokenLogprobs, chunk: slice) -> Tensor:
+                return grpo_loss(
+                    *new,
+                    rows[index].part(chunk),
+                    clip_eps=settings.clip_eps,
+                    kl_coef=settings.kl_coef,
+                    entropy_coef=settings.entropy_coef,
+                )
+
+            value, found = policy.token_loss(hidden, batches[index].targets, row_loss, temperature=temperature)
+            return value, {"loss": value.detach(), **grpo_metrics(found, rows[index], clip_eps=settings.clip_eps)}
 
         updates.append(policy.train_step(batches, loss, lr=lr))
     return updates
@@ -255,6 +271,7 @@ def row_tensors(
         ref_logprobs=ref_logprobs,
         advantages=advantages,
         engine_logprobs=torch.tensor(engine, device=device),
+        weights=batch.weights.to(device),
     )
 
 

@@ -115,15 +115,16 @@ def compared_text(trajectory: Trajectory, which: str) -> str:
 # -- the loss (Eq. 7) -----------------------------------------------------------------------------
 
 
-def opsd_loss(kl: ClippedKL, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum over rows [R] of the clipped forward KL; with sequence_mean weights it is Eq. 7's mean."""
-    loss = (weights * kl.loss).sum()
-    metrics = {
-        "loss": loss.detach(),
+def opsd_metrics(kl: ClippedKL, weights: Tensor) -> dict[str, Tensor]:
+    """What the rows [R] of Eq. 7 say, as weighted sums; with sequence_mean weights the loss is its mean over R_tau."""
+    return {
+        "loss": (weights * kl.loss).sum(),
         "kl": (weights * kl.kl).sum(),
-        "clip_fraction": (weights * kl.clip_fraction).sum(),
+        "entropy": (weights * kl.entropy).sum(),
+        "clip_fraction": (weights * (kl.clipped_mass > 0)).sum(),
+        "clipped_mass": (weights * kl.clipped_mass).sum(),
+        "suspect_fraction": (weights * kl.is_suspect).sum(),
     }
-    return loss, metrics
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,11 @@ def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, l
         teacher_rows = policy.hidden_rows([teacher for _, teacher in batches])
 
     def loss(hidden: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        kl = policy.clipped_kl(hidden, teacher_rows[index], kl_clip=settings.kl_clip, temperature=settings.temperature)
-        return opsd_loss(kl, batches[index][0].weights.to(hidden.device))
+        weights = batches[index][0].weights.to(hidden.device)
+        value, kl = policy.kl_loss(
+            hidden, teacher_rows[index], weights, kl_clip=settings.kl_clip, temperature=settings.temperature
+        )
+        return value, opsd_metrics(kl, weights)
 
     return policy.train_step([student for student, _ in batches], loss, lr=lr)
 

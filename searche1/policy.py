@@ -31,7 +31,7 @@ from megatron_ext.model import ModelSettings, build_model, transformer_config, v
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
 from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
 from megatron_ext.training import run_schedule, wrap_data_parallel
-from megatron_ext.vocab_parallel import ClippedKL, TokenLogprobs, linear_clipped_kl, linear_token_logprobs
+from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
 from searche1.config import TrainConfig
 from searche1.packing import PackedBatch
 from searche1.types import UserError
@@ -122,7 +122,6 @@ class Policy:
         self.model_path = model_path
         self.version = 0  # counts updates; every completion carries the version that sampled it
         self._train = train
-        self._chunk = train.logits_chunk
         self.dtype = train_dtype(train, layout.device)
         try:
             self.shape = read_shape(model_path)
@@ -141,17 +140,38 @@ class Policy:
 
     # -- what a loss is made of -------------------------------------------------------------------
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float) -> TokenLogprobs:
-        """log p(target) and entropy of rows [R, H]; on the last stage."""
-        weight = self._model.head_weight()
-        targets = targets.to(hidden.device)
-        return linear_token_logprobs(hidden, weight, targets, self._shard, temperature=temperature, chunk=self._chunk)
+    def token_loss(
+        self, hidden: Tensor, targets: Tensor, row_loss: RowLoss, *, temperature: float
+    ) -> tuple[Tensor, TokenLogprobs]:
+        """A loss of the rows' log p(target) and entropy, and those, detached; hidden [R, H], on the last stage.
 
-    def clipped_kl(self, student: Tensor, teacher: Tensor, *, kl_clip: float, temperature: float) -> ClippedKL:
-        """Eq. 7's inner sum for rows [R, H] of student and teacher; on the last stage."""
-        weight = self._model.head_weight()
-        return linear_clipped_kl(
-            student, teacher, weight, self._shard, kl_clip=kl_clip, temperature=temperature, chunk=self._chunk
+        `row_loss` sees some rows at a time, and which, so that logits need not live longer than theirs.
+        """
+        return token_loss(
+            hidden,
+            self._model.head_weight(),
+            targets.to(hidden.device),
+            self._shard,
+            row_loss,
+            mode=self._train.loss_mode,
+            chunk=self._train.logits_chunk,
+            temperature=temperature,
+        )
+
+    def kl_loss(
+        self, student: Tensor, teacher: Tensor, row_weights: Tensor, *, kl_clip: float, temperature: float
+    ) -> tuple[Tensor, ClippedKL]:
+        """Eq. 7 over rows [R, H] of student and teacher with their weights, and each row's values, detached."""
+        return kl_loss(
+            student,
+            teacher,
+            self._model.head_weight(),
+            self._shard,
+            row_weights.to(student.device),
+            kl_clip=kl_clip,
+            mode=self._train.loss_mode,
+            chunk=self._train.logits_chunk,
+            temperature=temperature,
         )
 
     # -- passes -----------------------------------------------------------------------------------
@@ -161,8 +181,15 @@ class Policy:
         """log p of every row's target, float32 [R] per micro-batch. Collective."""
 
         def rows(hidden: Tensor, index: int) -> tuple[Tensor, Tensor]:
-            found = self.token_logprobs(hidden, batches[index].targets, temperature=temperature).logprobs
-            return hidden.new_zeros(()), found
+            found = linear_token_logprobs(
+                hidden,
+                self._model.head_weight(),
+                batches[index].targets.to(hidden.device),
+                self._shard,
+                temperature=temperature,
+                chunk=self._train.logits_chunk,
+            )
+            return hidden.new_zeros(()), found.logprobs
 
         return self._forward(batches, rows)
 

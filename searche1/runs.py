@@ -56,6 +56,7 @@ HARMLESS_KEYS = frozenset(
         "parallel.sequence",
         "train.max_tokens",  # row weights make the loss the same however a batch is packed
         "train.recompute",
+        "train.loss_mode",
         "train.logits_chunk",
         "train.sync_tolerance",
         "train.timeout_s",

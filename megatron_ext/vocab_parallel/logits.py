@@ -1,135 +1,196 @@
-"""Token log-probabilities, entropy and clipped forward KL from vocabulary-parallel logits.
+"""Token log-probabilities, entropy and clipped forward KL of logits that lie in memory, differentiable (M0).
 
 Shapes: R rows, v local columns of a vocabulary of V that is split over the ranks of `VocabShard.group`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ext.vocab_parallel.backends import kernels_for
+from megatron_ext.vocab_parallel.protocol import KLBlock, KLRows, RowKernels, TokenBlock
+from megatron_ext.vocab_parallel.shard import VocabShard
+from megatron_ext.vocab_parallel.values import ClippedKL, TokenLogprobs
 
 
-class VocabShard(NamedTuple):
-    """The columns [start, start + v) of this rank; `vocab_size` is the real V, columns past it are padding."""
-
-    group: dist.ProcessGroup | None  # None: the vocabulary is whole here
-    start: int
-    vocab_size: int
-
-
-class TokenLogprobs(NamedTuple):
-    logprobs: Tensor  # [R] log p(target), float32
-    entropy: Tensor  # [R] nats, float32
-
-
-class ClippedKL(NamedTuple):
-    loss: Tensor  # [R] sum_v min(P_t log(P_t / P_s), clip), float32
-    kl: Tensor  # [R] the same without the clip, detached
-    clip_fraction: Tensor  # [R] teacher probability mass of the clipped entries, detached
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Partial values -> their sum, the same on every rank. What follows is replicated, so its gradient is too."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _UseOnRanks(torch.autograd.Function):
-    """The mirror: a replicated value goes into rank-local arithmetic, so the ranks' gradients add up."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def _sum_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return local if group is None else _SumOverRanks.apply(local, group)
-
-
-def _live(logits: Tensor, shard: VocabShard) -> Tensor:
-    """Local logits without padding columns, float32 [R, <= v]; a rank may hold padding only."""
-    return logits[:, : max(0, min(logits.shape[1], shard.vocab_size - shard.start))].float()
-
-
-def _shifted(logits: Tensor, shard: VocabShard) -> Tensor:
-    """Logits minus the row maximum over all ranks. Kept apart from the log-sum: folding both loses digits."""
-    maximum = logits.detach().amax(dim=-1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
-    if shard.group is not None:
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=shard.group)
-    return logits - maximum[:, None]
-
-
-def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
-    """Local columns of the log-softmax over the whole vocabulary, [R, <= v]."""
-    shifted = _shifted(logits, shard)
-    log_sum = _sum_over_ranks(shifted.exp().sum(dim=-1), shard.group).log()
-    if shard.group is not None:
-        log_sum = _UseOnRanks.apply(log_sum, shard.group)
-    return shifted - log_sum[:, None]
-
-
-def token_logprobs(logits: Tensor, targets: Tensor, shard: VocabShard, *, temperature: float = 1.0) -> TokenLogprobs:
-    """log p(target) and the entropy of each row, differentiable in `logits`. Two collectives: a maximum and a sum.
+def token_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    *,
+    temperature: float = 1.0,
+    live: Tensor | None = None,
+    consume: bool = False,
+    kernels: RowKernels | None = None,
+) -> TokenLogprobs:
+    """log p(target) and the entropy of each row, float32, differentiable in `logits`. One collective.
 
     Args:
-        logits: [R, v], this rank's columns.
+        logits: [R, v], this rank's columns, padding included; float32, bfloat16 or float16.
         targets: [R] int64 ids in [0, V).
+        temperature: logits are divided by it.
+        live: [R] bool; a row that is not live is never read and has value 0 and gradient 0. None: all are.
+        consume: the gradient overwrites `logits`, which nobody else may need; backward runs once.
+        kernels: row kernels to use instead of the fastest for this device.
+    Raises:
+        ValueError: shapes or types do not fit, or a target is no column of the vocabulary.
     """
-    shifted = _shifted(_live(logits, shard) / temperature, shard)
-    local = targets - shard.start
-    here = (local >= 0) & (local < shifted.shape[1])
-    if shifted.shape[1]:
-        picked = shifted.gather(1, local.clamp(0, shifted.shape[1] - 1)[:, None])[:, 0]
-        picked = torch.where(here, picked, torch.zeros_like(picked))
-    else:
-        picked = shifted.new_zeros(len(shifted))
-    exps = shifted.exp()
-    sums = torch.stack([picked, exps.sum(dim=-1), (exps * shifted).sum(dim=-1)])
-    picked, exp_sum, weighted = _sum_over_ranks(sums, shard.group)
-    log_sum = exp_sum.log()
-    return TokenLogprobs(logprobs=picked - log_sum, entropy=log_sum - weighted / exp_sum)
+    check_logits(shard, logits)
+    check_targets(targets, len(logits), shard)
+    kernels = kernels or kernels_for(logits)
+    return TokenLogprobs(
+        *_TokenLogprobs.apply(logits, targets, live, shard, 1 / check_temperature(temperature), consume, kernels)
+    )
 
 
 def clipped_kl(
-    student: Tensor, teacher: Tensor, shard: VocabShard, *, kl_clip: float, temperature: float = 1.0
+    student: Tensor,
+    teacher: Tensor,
+    shard: VocabShard,
+    *,
+    kl_clip: float,
+    temperature: float = 1.0,
+    live: Tensor | None = None,
+    consume: bool = False,
+    kernels: RowKernels | None = None,
 ) -> ClippedKL:
     """Forward KL(teacher || student) with every vocabulary entry clipped from above: Eq. 7's inner sum.
 
-    Differentiable in `student` only. A clipped entry has no gradient, so a row whose teacher mass sits on
-    clipped entries learns nothing: watch `clip_fraction`. The clipped sum can be negative (>= -1/e).
+    Differentiable in `student` only. A clipped entry has no gradient, so a row whose teacher mass sits on clipped
+    entries learns nothing: watch `clipped_mass`. The clipped sum can be negative (>= -1/e). One collective, and a
+    second one if some row may be clipped.
 
     Args:
-        student, teacher: [R, v] logits, this rank's columns.
-        kl_clip: tau_clip; infinity gives the plain forward KL.
+        student, teacher: [R, v] logits of one dtype, this rank's columns, padding included.
+        kl_clip: tau_clip, 0 or more; infinity gives the plain forward KL.
+        temperature: both logits are divided by it.
+        live: [R] bool; a row that is not live is never read and has value 0 and gradient 0. None: all are.
+        consume: the gradient overwrites `teacher`, which nobody else may need; backward runs once.
+        kernels: row kernels to use instead of the fastest for this device.
+    Raises:
+        ValueError: shapes, types or settings do not fit.
     """
-    with torch.no_grad():
-        teacher_logprobs = _log_softmax(_live(teacher, shard) / temperature, shard)
-        teacher_probs = teacher_logprobs.exp()
-    student_logprobs = _log_softmax(_live(student, shard) / temperature, shard)
-    log_ratio = teacher_logprobs - student_logprobs
-    # P_t = 0 contributes nothing, also where its log is -inf.
-    terms = torch.where(teacher_probs > 0, teacher_probs * log_ratio, torch.zeros_like(log_ratio))
-    clipped = (terms > kl_clip).detach()
-    loss = _sum_over_ranks(terms.clamp(max=kl_clip).sum(dim=-1), shard.group)
-    with torch.no_grad():
-        sums = torch.stack([terms.sum(dim=-1), (teacher_probs * clipped).sum(dim=-1)])
-        kl, clip_fraction = _sum_over_ranks(sums, shard.group)
-    return ClippedKL(loss, kl, clip_fraction)
+    check_logits(shard, student, teacher)
+    check_clip(kl_clip)
+    kernels = kernels or kernels_for(student)
+    scale = 1 / check_temperature(temperature)
+    return ClippedKL(*_ClippedKL.apply(student, teacher.detach(), live, shard, scale, kl_clip, consume, kernels))
+
+
+def check_logits(shard: VocabShard, *logits: Tensor) -> None:
+    first = logits[0]
+    for each in logits:
+        if each.ndim != 2 or each.shape[1] != shard.size or each.shape != first.shape or each.dtype != first.dtype:
+            raise ValueError(
+                f"logits must be [rows, {shard.size}] of one dtype for this rank's columns {shard.start} to "
+                f"{shard.start + shard.size - 1}, got {[(tuple(x.shape), x.dtype) for x in logits]}"
+            )
+        if len(each) and (each.stride(1) != 1 or each.stride() != first.stride()):
+            raise ValueError("columns of logits must lie next to each other and rows alike; call .contiguous() first")
+
+
+def check_targets(targets: Tensor, num_rows: int, shard: VocabShard) -> None:
+    if targets.shape != (num_rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 [{num_rows}], got {targets.dtype} {tuple(targets.shape)}")
+    if targets.is_cuda:  # reading them would wait for the GPU; the kernels give -inf for a target that nobody holds
+        return
+    if num_rows and (int(targets.min()) < 0 or int(targets.max()) >= shard.vocab_size):
+        raise ValueError(
+            f"targets range from {int(targets.min())} to {int(targets.max())}, but the vocabulary has ids 0 to "
+            f"{shard.vocab_size - 1}; ids behind it are padding of the head"
+        )
+
+
+def check_temperature(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be more than 0, got {temperature}")
+    return temperature
+
+
+def check_clip(kl_clip: float) -> float:
+    if not kl_clip >= 0:
+        raise ValueError(f"kl_clip must be 0 or more (infinity for none), got {kl_clip}")
+    return kl_clip
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        live: Tensor | None,
+        shard: VocabShard,
+        scale: float,
+        consume: bool,
+        kernels: RowKernels,
+    ) -> tuple[Tensor, Tensor]:
+        block = TokenBlock(kernels, logits, targets.contiguous(), live, shard, scale)
+        rows = block.finish(block.start())
+        ctx.save_for_backward(logits, block.targets, live, rows)
+        ctx.settings = (shard, scale, consume, kernels)
+        ctx.set_materialize_grads(False)
+        return block.values(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, for_logprobs: Tensor | None, for_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if for_logprobs is None and for_entropy is None:
+            return (None,) * 7
+        shard, scale, consume, kernels = _settings_once(ctx)
+        logits, targets, live, rows = ctx.saved_tensors
+        out = logits if consume else torch.empty_like(logits)
+        block = TokenBlock(kernels, logits, targets, live, shard, scale)
+        if for_logprobs is None:
+            for_logprobs = torch.zeros_like(rows[:, 0])
+        block.grad(rows, for_logprobs, for_entropy, out=out)
+        return (out, *(None,) * 6)
+
+
+class _ClippedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        live: Tensor | None,
+        shard: VocabShard,
+        scale: float,
+        kl_clip: float,
+        consume: bool,
+        kernels: RowKernels,
+    ) -> tuple[Tensor, ...]:
+        block = KLBlock(kernels, student, teacher, live, shard, scale, kl_clip)
+        found = block.finish(block.start())
+        ctx.save_for_backward(student, teacher, live, *found)
+        ctx.settings = (shard, scale, kl_clip, consume, kernels)
+        values = block.values(found)
+        ctx.mark_non_differentiable(*values[1:])
+        return tuple(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, for_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        shard, scale, kl_clip, consume, kernels = _settings_once(ctx)
+        student, teacher, live, *found = ctx.saved_tensors
+        out = teacher if consume else torch.empty_like(student)
+        block = KLBlock(kernels, student, teacher, live, shard, scale, kl_clip)
+        block.grad(KLRows(*found), for_loss, out=out)
+        return (out, *(None,) * 7)
+
+
+def _settings_once(ctx: Any) -> tuple[Any, ...]:
+    """What forward kept. With consume=True the first backward overwrites the logits, so there is no second one."""
+    settings = ctx.settings
+    if settings is None:
+        raise RuntimeError(
+            "backward ran before and overwrote these logits with their gradient (consume=True); "
+            "pass consume=False to keep them"
+        )
+    if settings[-2]:
+        ctx.settings = None
+    return settings

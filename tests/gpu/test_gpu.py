@@ -13,8 +13,9 @@ from megatron_ext.lora import LoraSettings
 from megatron_ext.model import has_transformer_engine
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
+from megatron_ext.vocab_parallel import TokenLogprobs
 from searche1.config import OPSDConfig, TrainConfig
-from searche1.opsd import opsd_loss
+from searche1.opsd import opsd_metrics
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy
 from searche1.rollout.engine import start_engine
@@ -78,8 +79,9 @@ def test_an_opsd_update_in_bfloat16_lowers_its_loss(layout: Layout, recompute: s
     settings = OPSDConfig()
 
     def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        kl = policy.clipped_kl(hidden, teacher[index], kl_clip=settings.kl_clip, temperature=1.0)
-        return opsd_loss(kl, packed[index].weights.to(hidden.device))
+        weights = packed[index].weights.to(hidden.device)
+        value, kl = policy.kl_loss(hidden, teacher[index], weights, kl_clip=settings.kl_clip, temperature=1.0)
+        return value, opsd_metrics(kl, weights)
 
     losses = [policy.train_step(packed, loss, lr=1e-3)["loss"] for _ in range(10)]
     assert losses[-1] < losses[0]
@@ -90,8 +92,12 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
     packed = batches(layout)
 
     def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found = policy.token_logprobs(hidden, packed[index].targets, temperature=1.0)
-        value = -(packed[index].weights.to(hidden.device) * found.logprobs).sum()
+        weights = packed[index].weights.to(hidden.device)
+
+        def row_loss(found: TokenLogprobs, rows: slice) -> torch.Tensor:
+            return -(weights[rows] * found.logprobs).sum()
+
+        value, _ = policy.token_loss(hidden, packed[index].targets, row_loss, temperature=1.0)
         return value, {"loss": value.detach()}
 
     policy.train_step(packed, loss, lr=1e-2)  # now the engine's own weights are stale

@@ -10,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.vocab_parallel import TokenLogprobs
 from searche1.config import Config
 from searche1.grpo import (
+    RowTensors,
     TrainedSample,
     group_advantages,
     grpo_loss,
+    grpo_metrics,
     grpo_step,
     learning_rate,
     mini_batches,
@@ -139,6 +142,9 @@ def test_row_values_belong_to_the_rows_of_their_trajectory():
     assert found.engine_logprobs.tolist() == [-float(t) for t in batch.targets.tolist()]
     assert found.advantages.tolist() == [2.0, 2.0, 2.0, 0.5, 0.5]
     assert torch.equal(found.old_logprobs, rows) and torch.equal(found.ref_logprobs, rows + 1)
+    assert torch.equal(found.weights, batch.weights)
+    some = found.part(slice(2, 4))
+    assert some.advantages.tolist() == [2.0, 0.5] and torch.equal(some.old_logprobs, rows[2:4])
 
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ SETTINGS = {"clip_eps": 0.2, "kl_coef": 0.0, "entropy_coef": 0.0}
 
 
 def loss_of(logprobs, **given):
-    """`grpo_loss` with what a test leaves open: old = ref = logprobs, no advantage, equal weights, no bonus."""
+    """Loss and metrics with what a test leaves open: old = ref = logprobs, no advantage, equal weights, no bonus."""
     rows = len(logprobs)
     defaults = {
         "entropy": torch.zeros(rows),
@@ -164,8 +170,14 @@ def loss_of(logprobs, **given):
         "ref_logprobs": logprobs.detach(),
         "advantages": torch.zeros(rows),
         "weights": torch.full((rows,), 1 / max(rows, 1)),
+        "engine_logprobs": logprobs.detach(),
     }
-    return grpo_loss(logprobs, **(defaults | SETTINGS | given))
+    settings = SETTINGS | {name: value for name, value in given.items() if name in SETTINGS}
+    tensors = defaults | {name: value for name, value in given.items() if name not in SETTINGS}
+    entropy = tensors.pop("entropy")
+    values, clip_eps = RowTensors(**tensors), settings["clip_eps"]
+    found = TokenLogprobs(logprobs.detach(), entropy.detach())
+    return grpo_loss(logprobs, entropy, values, **settings), grpo_metrics(found, values, clip_eps=clip_eps)
 
 
 @given(

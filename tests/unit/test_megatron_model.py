@@ -75,9 +75,11 @@ def likelihood_loss(policy, packed, *, scale=1.0):
     """Weighted negative log-likelihood of the policy tokens."""
 
     def loss(hidden, index):
-        found = policy.token_logprobs(hidden, packed[index].targets, temperature=1.0)
-        value = -(packed[index].weights * found.logprobs).sum() * scale
-        return value, {"loss": value.detach(), "logprob_max": found.logprobs.detach().max()}
+        def row_loss(found, rows):
+            return -(packed[index].weights[rows] * found.logprobs).sum() * scale
+
+        value, found = policy.token_loss(hidden, packed[index].targets, row_loss, temperature=1.0)
+        return value, {"loss": value.detach(), "logprob_max": found.logprobs.max()}
 
     return loss
 
@@ -268,8 +270,10 @@ def test_an_empty_micro_batch_adds_nothing_to_an_update(make_policy):
         def loss(hidden, index):
             if index == 1:
                 assert hidden.shape[0] == 0
-                found = policy.token_logprobs(hidden, packed[1].targets, temperature=1.0)
-                return found.logprobs.sum(), {"loss": hidden.new_zeros(()), "logprob_max": hidden.new_tensor(-100.0)}
+                value, _ = policy.token_loss(
+                    hidden, packed[1].targets, lambda found, rows: found.logprobs.sum(), temperature=1.0
+                )
+                return value, {"loss": hidden.new_zeros(()), "logprob_max": hidden.new_tensor(-100.0)}
             return nll(hidden, index)
 
         return policy.train_step(packed, loss, lr=1e-3), exported(policy)

@@ -20,7 +20,7 @@ from searche1.opsd import (
     compared_text,
     decayed,
     mine_pair,
-    opsd_loss,
+    opsd_metrics,
     random_cut,
     teacher_check,
     train_adapter,
@@ -184,16 +184,24 @@ def test_the_audit_record_tells_the_whole_group():
 # -- the loss and its schedule --------------------------------------------------------------------
 
 
-def test_the_loss_is_the_weighted_sum_and_only_the_clipped_part_has_a_gradient():
-    loss = torch.tensor([0.2, 0.5, -0.1], requires_grad=True)
-    kl = ClippedKL(loss, torch.tensor([0.2, 3.0, -0.1]), torch.tensor([0.0, 0.8, 0.0]))
-    weights = torch.tensor([0.25, 0.25, 0.5])
-    value, metrics = opsd_loss(kl, weights)
-    value.backward()
-    assert torch.equal(loss.grad, weights)
-    expected = {"loss": 0.125, "kl": 0.75, "clip_fraction": 0.2}
+def test_metrics_are_weighted_sums_over_rows():
+    kl = ClippedKL(
+        loss=torch.tensor([0.2, 0.5, -0.1]),
+        kl=torch.tensor([0.2, 3.0, -0.1]),
+        clipped_mass=torch.tensor([0.0, 0.8, 0.0]),
+        entropy=torch.tensor([1.0, 2.0, 3.0]),
+        is_suspect=torch.tensor([False, True, True]),
+    )
+    expected = {
+        "loss": 0.125,
+        "kl": 0.75,
+        "entropy": 2.25,
+        "clip_fraction": 0.25,
+        "clipped_mass": 0.2,
+        "suspect_fraction": 0.75,
+    }
+    metrics = opsd_metrics(kl, torch.tensor([0.25, 0.25, 0.5]))
     assert {name: metric.item() for name, metric in metrics.items()} == pytest.approx(expected)
-    assert not metrics["loss"].requires_grad
 
 
 @given(

@@ -49,6 +49,9 @@ class Checkout:
         self.lock.write_text("# a comment\nidna==3.20\ntorch==2.13.0+cpu\n")
         self.setup = self.root / "setup.py"
         self.setup.write_text("# version 1\n")
+        self.kernels = self.root / "megatron_ext" / "vocab_parallel" / "rows.cpp"
+        self.kernels.parent.mkdir(parents=True)
+        self.kernels.write_text("// version 1\n")
         self.fakes = folder / "fake"
         self.fakes.mkdir()
         self.python = self.program("python3.11", FAKE_PYTHON)
@@ -164,6 +167,9 @@ def test_a_changed_lock_makes_the_environment_anew_and_a_changed_setup_only_inst
     checkout.make_env()
     checkout.calls()
     checkout.setup.write_text("# version 2\n")
+    assert checkout.make_env().returncode == 0
+    assert checkout.calls() == ["project"]
+    checkout.kernels.write_text("// version 2\n")  # they are compiled when the project is installed
     assert checkout.make_env().returncode == 0
     assert checkout.calls() == ["project"]
     checkout.lock.write_text("idna==3.20\n")
