@@ -9,6 +9,8 @@ usage: scripts/gpu_check.sh [--out DIR] [CHECK ...]
 
   environment   torch sees the GPU; versions of everything that matters
   engine        an SGLang server starts on the GPU and samples from the shipped toy policy
+  losses        the vocabulary losses on the GPU: all of their tests, then time, memory and error beside other
+                libraries' (tools/bench/losses.py), of the whole vocabulary and of shards of it
   tests         pytest tests/gpu
   quickstart    scripts/quickstart.sh --fast on the GPU
 
@@ -39,14 +41,14 @@ while [ $# -gt 0 ]; do
         usage
         exit 0
         ;;
-    environment | engine | tests | quickstart)
+    environment | engine | losses | tests | quickstart)
         checks+=("$1")
         shift
         ;;
     *) refuse "unknown argument '$1'" ;;
     esac
 done
-if [ ${#checks[@]} = 0 ]; then checks=(environment engine tests quickstart); fi
+if [ ${#checks[@]} = 0 ]; then checks=(environment engine losses tests quickstart); fi
 
 export SEARCHE1_DEVICE=cuda PYTHONUNBUFFERED=1
 # shellcheck source=scripts/env.sh
@@ -159,6 +161,22 @@ finally:
     except subprocess.TimeoutExpired:
         server.kill()
 END
+}
+
+check_losses() {
+    python3 -m pytest tests/unit/test_vocab_parallel.py -q -k triton
+    bench() { # name of its JSON, then arguments; the last line of the program's output is JSON
+        local name=$1
+        shift
+        timeout 240 python3 tools/bench/losses.py --device cuda "$@" | tee "$out/losses_$name.txt"
+        tail -n 1 "$out/losses_$name.txt" >"$out/losses_$name.json"
+    }
+    bench logits --jobs kl,tokens --rows 8192
+    bench logits_clipped --jobs kl --rows 8192 --kl-clip 0.05 --only "ours,naive torch"
+    bench head --jobs "head kl,head tokens" --rows 8192
+    for columns in 76032 38016 19072; do # what a rank of TP 2, 4 and 8 holds of 151,936, without its messages
+        bench "shard_$columns" --jobs "kl,tokens,head kl,head tokens" --rows 8192 --vocab $columns --only ours
+    done
 }
 
 check_tests() {

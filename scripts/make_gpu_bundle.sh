@@ -60,7 +60,7 @@ packages=(
     partial-json-parser==0.2.1.1.post7 pybase64==1.5.1 pydantic==2.14.3 pydantic-core==2.50.4 python-multipart==0.0.34
     pyzmq==27.3.0 referencing==0.37.0 rpds-py==2026.9.1 setproctitle==1.3.8 sniffio==1.3.1 soundfile==0.13.1 cffi==2.1.1
     pycparser==3.12 starlette==1.10.0 traitlets==5.16.1 typing-inspection==0.4.5 uvicorn==0.54.0
-    megatron-core==0.16.1 omegaconf==2.4.0 rapidfuzz==3.14.6 faiss-cpu==1.15.1
+    megatron-core==0.16.1 omegaconf==2.4.0 rapidfuzz==3.14.6 faiss-cpu==1.15.1 trl==1.16.0 liger-kernel==0.8.5
 )
 if [ $only = yes ]; then packages=(); fi
 target=(--only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none)

@@ -56,6 +56,7 @@ class Machine:
     torch_error: str  # why torch could not be imported; empty if it could, or is not installed
     driver_gpus: tuple[str, ...]  # as the NVIDIA driver lists them
     num_torch_gpus: int  # as torch can use them
+    no_native_losses: str  # why the losses' C++ kernels cannot be used; empty if they can
     has_plugin: bool  # SGLang will find the CPU platform
     omp_num_threads: str | None
     cores: int
@@ -77,7 +78,7 @@ def run_doctor() -> list[Check]:
 
 def inspect_machine() -> Machine:
     versions = {name: package_version(name) for name in PACKAGES}
-    torch_error, num_torch_gpus = _ask_torch() if versions["torch"] else ("", 0)
+    torch_error, num_torch_gpus, no_native_losses = _ask_torch() if versions["torch"] else ("", 0, "torch is missing")
     shared_memory = Path("/dev/shm")
     plugins = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     return Machine(
@@ -86,6 +87,7 @@ def inspect_machine() -> Machine:
         torch_error=torch_error,
         driver_gpus=tuple(gpu_names()),
         num_torch_gpus=num_torch_gpus,
+        no_native_losses=no_native_losses,
         has_plugin=any(plugin.name == PLUGIN_NAME for plugin in plugins),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         cores=num_cores(),
@@ -97,12 +99,14 @@ def inspect_machine() -> Machine:
     )
 
 
-def _ask_torch() -> tuple[str, int]:
+def _ask_torch() -> tuple[str, int, str]:
     try:
         import torch
+
+        from megatron_ext.vocab_parallel import native
     except (ImportError, OSError) as error:  # OSError: a shared library of CUDA does not load
-        return f"{type(error).__name__}: {error}", 0
-    return "", torch.cuda.device_count()
+        return f"{type(error).__name__}: {error}", 0, "torch cannot be imported"
+    return "", torch.cuda.device_count(), native.why_absent() or ""
 
 
 def _loopback_error() -> str:
@@ -122,6 +126,7 @@ def judge(machine: Machine) -> Iterator[Check]:
     yield _plugin(machine)
     yield _gpus(machine)
     yield _transformer_engine(machine)
+    yield _losses(machine)
     yield _threads(machine)
     yield _cores(machine)
     yield _memory(machine)
@@ -207,6 +212,15 @@ def _transformer_engine(machine: Machine) -> Check:
         remedy = "optional: pip install 'transformer-engine[pytorch]' (needs nvcc and cuDNN) for faster layers"
         return Check("transformer-engine", "warn", "not installed", remedy)
     return Check("transformer-engine", "ok", "not installed, and not used on a CPU")
+
+
+def _losses(machine: Machine) -> Check:
+    if machine.num_torch_gpus:
+        return Check("loss kernels", "ok", "Triton")
+    if not machine.no_native_losses:
+        return Check("loss kernels", "ok", "C++")
+    remedy = f"install g++, then {INSTALL_SELF}: the losses take several times longer in plain torch"
+    return Check("loss kernels", "warn", f"plain torch: {machine.no_native_losses}", remedy)
 
 
 def _threads(machine: Machine) -> Check:

@@ -22,6 +22,7 @@ from rich.console import Console
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
+from megatron_ext.vocab_parallel import native
 from searche1.config import Config
 from searche1.data import load_questions
 from searche1.metrics import MetricsLog
@@ -175,6 +176,8 @@ class Session:
         gc.collect()  # the model of the stage before is cyclic garbage, and its memory is needed now
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif reason := native.why_absent():
+            self.tell(f"  losses run in plain torch, several times slower: {reason} (searche1 doctor has the remedy)")
         return Policy(
             model_path=model_path, layout=self.layout, train=self.config.train, optimizer=optimizer, lora=lora
         )

@@ -55,6 +55,7 @@ def _pool(size: int) -> ThreadPoolExecutor:
         together = threading.Barrier(size)
 
         def start() -> None:
+            torch.get_num_threads()  # a thread's first question about it resets it, so it must be asked before
             torch.set_num_threads(1)
             together.wait()  # so that every thread of the pool has come by
 

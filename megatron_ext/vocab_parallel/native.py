@@ -18,7 +18,6 @@ from megatron_ext.vocab_parallel.cpu import for_rows
 from megatron_ext.vocab_parallel.shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16)
-BUILD_AGAIN = "build them with `pip install --no-deps --no-build-isolation -e .`"
 LEVELS = {"AVX512": ("v4", "v3"), "AVX2": ("v3",)}  # what torch says of the CPU -> builds that run on it, best first
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -53,11 +52,11 @@ def _library() -> ctypes.CDLL | str:
     here = Path(__file__).parent
     found = [path for level in LEVELS[capability] for path in here.glob(f"_rows_{level}.*so")]
     if not found:
-        return f"they are not built, for want of g++ when the project was installed; install it and {BUILD_AGAIN}"
+        return "they are not built; there was no g++ when the project was installed"
     library = ctypes.CDLL(str(found[0]))
     library.rows_source.restype = ctypes.c_char_p
     if library.rows_source().decode() != hashlib.sha256((here / "rows.cpp").read_bytes()).hexdigest():
-        return f"{found[0].name} was built from another rows.cpp; {BUILD_AGAIN}"
+        return f"{found[0].name} was built from another rows.cpp; install the project again"
     for name, types in SIGNATURES.items():
         getattr(library, name).argtypes = types
         getattr(library, name).restype = None

@@ -24,6 +24,7 @@ LAPTOP = Machine(
     torch_error="",
     driver_gpus=(),
     num_torch_gpus=0,
+    no_native_losses="",
     has_plugin=True,
     omp_num_threads="1",
     cores=8,
@@ -106,6 +107,12 @@ def test_gpus_that_torch_cannot_use_are_a_warning():
 
 def test_transformer_engine_is_optional_on_gpus():
     assert complaints(with_versions(GPU_NODE, transformer_engine=None))["transformer-engine"].level == "warn"
+
+
+def test_losses_in_plain_torch_are_a_warning_on_a_cpu_only():
+    check = complaints(replace(LAPTOP, no_native_losses="they are not built"))["loss kernels"]
+    assert check.level == "warn" and "not built" in check.found and "g++" in check.remedy
+    assert complaints(replace(GPU_NODE, no_native_losses="they are not built")) == {}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
 )
 STRANGERS = ({"grpo", "opsd"}, {"policy", "rollout"})  # same layer, yet neither knows the other
 HOMES = {
-    "megatron": ("megatron_ext/",),
+    "megatron": ("megatron_ext/", "tools/bench/"),  # a benchmark measures ours beside it
     "transformer_engine": ("megatron_ext/",),
     "sglang": ("searche1/rollout/",),
     "faiss": ("searche1/retrieval/index.py", "tools/"),

@@ -19,9 +19,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 def test_the_kernels_stand_up_to_the_same_tests_in_the_interpreter():
     """Triton decides between compiler and interpreter when it is imported, so this takes a process of its own."""
-    tests = Path(__file__).with_name("test_vocab_parallel.py")
+    tests = [Path(__file__).with_name(f"test_vocab_parallel{part}.py") for part in ("", "_peers")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
