@@ -222,7 +222,7 @@ def _one_rank_group() -> None:
 
 # -- from hidden states ---------------------------------------------------------------------------
 
-CHUNK = 512  # rows whose logits live at a time, for ours
+CHUNK = {"cuda": 2048, "cpu": 64}  # rows whose logits live at a time, for ours and where others can be told
 
 
 def _head_kl(device: str) -> list[Variant]:
@@ -249,9 +249,10 @@ def _head_kl(device: str) -> list[Variant]:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         h = _trained(x.student)
-        loss = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, temperature=1.0, compiled=True, chunk_size=CHUNK
-        )(h, x.head, x.teacher, x.head, x.targets)
+        divergence = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=True, chunk_size=CHUNK[device]
+        )
+        loss = divergence(h, x.head, x.teacher, x.head, x.targets)
         (loss * x.upstream.sum()).backward()
         assert h.grad is not None
         return None, h.grad
@@ -263,7 +264,7 @@ def _head_kl(device: str) -> list[Variant]:
             options = {
                 "kl_clip": x.kl_clip,
                 "mode": mode,
-                "chunk": CHUNK,
+                "chunk": CHUNK[device],
                 "kernels": row_kernels(our_kernels(device)[0]),
             }
             value, found = kl_loss(h, x.teacher, x.head, x.shard, x.upstream, **options)
@@ -319,7 +320,7 @@ def _head_tokens(device: str) -> list[Variant]:
             def rows(found, part):  # type: ignore[no-untyped-def]
                 return (x.upstream[part] * found.logprobs + x.upstream_entropy[part] * found.entropy).sum()
 
-            options = {"mode": mode, "chunk": CHUNK, "kernels": row_kernels(our_kernels(device)[0])}
+            options = {"mode": mode, "chunk": CHUNK[device], "kernels": row_kernels(our_kernels(device)[0])}
             value, found = token_loss(h, w, x.targets, x.shard, rows, **options)
             value.backward()
             assert h.grad is not None
