@@ -30,7 +30,9 @@ class ModelShape:
     max_positions: int
     norm_eps: float
     rope_base: float
+    rope_factor: float  # Llama 3's scaling of low frequencies; 1 is none
     has_qkv_bias: bool
+    has_qk_norm: bool  # each head's queries and keys are normalized
     tied_embeddings: bool
 
 
@@ -66,8 +68,29 @@ QKV_BIAS = Rule(
     _D + "self_attention.linear_qkv.bias", (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"), "qkv"
 )
 
-# HuggingFace `architectures` entry -> whether q, k and v have biases. A dense family is one line.
-FAMILIES = {"Qwen2ForCausalLM": True}
+QK_NORM = (
+    Rule(_D + "self_attention.q_layernorm.weight", (_A + "q_norm.weight",), "replicated"),
+    Rule(_D + "self_attention.k_layernorm.weight", (_A + "k_norm.weight",), "replicated"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """In what an architecture differs from Llama's: RMSNorm, rotary positions, grouped queries, gated SiLU."""
+
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+
+
+# By the entry in a HuggingFace config's `architectures`. A family of the same structure is one line.
+FAMILIES = {
+    "Qwen2ForCausalLM": Family(has_qkv_bias=True),  # Qwen2, Qwen2.5
+    "Qwen3ForCausalLM": Family(has_qk_norm=True),
+    "LlamaForCausalLM": Family(),  # Llama 2, 3, 3.1, 3.2, 3.3
+    "MistralForCausalLM": Family(),
+}
+# The parameters of Llama 3's rope that Megatron fixes.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def model_shape(hf_config: Any) -> ModelShape:
@@ -78,11 +101,19 @@ def model_shape(hf_config: Any) -> ModelShape:
             f"the checkpoint is a {architecture}; this trainer maps {', '.join(sorted(FAMILIES))}. "
             "Choose such a model, or add the family to megatron_ext/hf_mapping.py"
         )
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ValueError("the checkpoint uses sliding-window attention, which is not supported; choose another model")
+    # Qwen's configs carry a window that a switch of their own leaves off; Mistral's have no switch.
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None and getattr(hf_config, "use_sliding_window", True):
+        raise ValueError(
+            f"the checkpoint uses sliding-window attention ({window} tokens), which is not supported; choose another "
+            "model, or one of the same family without it (Mistral from v0.2 on has none)"
+        )
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(hf_config, name, False) and not FAMILIES[architecture].has_qkv_bias:
+            raise ValueError(f"the checkpoint's config has {name}=true, which is not supported for {architecture}")
+    if hf_config.hidden_act != "silu":
+        raise ValueError(f"the checkpoint's activation is {hf_config.hidden_act!r}; only 'silu' is supported")
     rope = hf_config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope type {rope['rope_type']!r} is not supported; only 'default' is")
     heads = hf_config.num_attention_heads
     return ModelShape(
         num_layers=hf_config.num_hidden_layers,
@@ -95,9 +126,25 @@ def model_shape(hf_config: Any) -> ModelShape:
         max_positions=hf_config.max_position_embeddings,
         norm_eps=hf_config.rms_norm_eps,
         rope_base=rope["rope_theta"],
-        has_qkv_bias=FAMILIES[architecture],
+        rope_factor=_rope_factor(rope),
+        has_qkv_bias=FAMILIES[architecture].has_qkv_bias,
+        has_qk_norm=FAMILIES[architecture].has_qk_norm,
         tied_embeddings=hf_config.tie_word_embeddings,
     )
+
+
+def _rope_factor(rope: dict[str, Any]) -> float:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return 1.0
+    if kind != "llama3":
+        raise ValueError(f"rope type {kind!r} is not supported; 'default' and 'llama3' are")
+    for name, value in LLAMA3_ROPE.items():
+        if rope[name] != value:
+            raise ValueError(
+                f"rope type 'llama3' is supported with {name}={value:g}, the checkpoint has {rope[name]:g}"
+            )
+    return float(rope["factor"])
 
 
 def model_rules(shape: ModelShape) -> Iterator[Rule]:
@@ -113,7 +160,7 @@ def model_rules(shape: ModelShape) -> Iterator[Rule]:
 
 def layer_rules(shape: ModelShape) -> tuple[Rule, ...]:
     """The rules of one layer, "{i}" not filled in."""
-    return (*LAYER, QKV_BIAS) if shape.has_qkv_bias else LAYER
+    return (*LAYER, *(QKV_BIAS,) * shape.has_qkv_bias, *QK_NORM * shape.has_qk_norm)
 
 
 def at_layer(rule: Rule, layer: int) -> Rule:

@@ -71,6 +71,7 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -128,6 +129,8 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     else:
         norm, attention.core_attention = RMSNorm, PackedSelfAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
@@ -180,6 +183,8 @@ def build_model(shape: ModelShape, settings: ModelSettings, layout: Layout) -> H
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_base,
+        rope_scaling=shape.rope_factor != 1,
+        rope_scaling_factor=shape.rope_factor,
     )
     for rule, parameter in local_rules(model, shape):
         if rule.layout != "replicated":

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_qwen2
+from tiny_models import make_model, make_qwen2
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("worker.py")
-MODELS = ("tied", "untied")
+MODELS = ("tied", "untied", "qwen3")  # Qwen2 with and without a head of its own; queries and keys with norms
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The folder of a layout's results; each layout runs once, when it is first asked for."""
     root = tmp_path_factory.mktemp("layouts")
     for model in MODELS:
-        make_qwen2(root / "models" / model, tied=model == "tied")
+        if model == "qwen3":
+            make_model(root / "models" / model, model, tied=False)
+        else:
+            make_qwen2(root / "models" / model, tied=model == "tied")
 
     def run(name: str) -> Path:
         out = root / name

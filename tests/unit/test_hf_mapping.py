@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from megatron_ext.hf_io import HFReader, load_hf_weights, save_hf
 from megatron_ext.hf_mapping import (
@@ -37,7 +37,9 @@ SHAPE = ModelShape(
     max_positions=64,
     norm_eps=1e-6,
     rope_base=100.0,
+    rope_factor=1.0,
     has_qkv_bias=True,
+    has_qk_norm=True,
     tied_embeddings=False,
 )
 SIZES = {
@@ -55,6 +57,8 @@ SIZES = {
     "down_proj.weight": (24, 20),
     "input_layernorm.weight": (24,),
     "post_attention_layernorm.weight": (24,),
+    "q_norm.weight": (8,),
+    "k_norm.weight": (8,),
     "model.norm.weight": (24,),
 }
 
@@ -81,11 +85,13 @@ def test_every_rule_round_trips_to_the_same_bits(rule, tensor):
 
 def test_the_rules_name_every_tensor_of_the_family_once():
     names = [name for rule in model_rules(SHAPE) for name in rule.hf]
-    assert len(names) == len(set(names)) == 3 + 12 * SHAPE.num_layers
+    assert len(names) == len(set(names)) == 3 + 14 * SHAPE.num_layers
     tied = [name for rule in model_rules(replace(SHAPE, tied_embeddings=True)) for name in rule.hf]
     assert sorted([*tied, "lm_head.weight"]) == sorted(names)
     unbiased = [name for rule in model_rules(replace(SHAPE, has_qkv_bias=False)) for name in rule.hf]
     assert unbiased == [name for name in names if not name.endswith("bias")]
+    without_norms = [name for rule in model_rules(replace(SHAPE, has_qk_norm=False)) for name in rule.hf]
+    assert without_norms == [name for name in names if "q_norm" not in name and "k_norm" not in name]
 
 
 def test_each_key_value_group_holds_its_queries_then_its_key_then_its_value():
@@ -138,7 +144,7 @@ def test_the_shape_is_read_from_a_qwen2_config(tiny_qwen2):
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (LlamaConfig(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
+        (GemmaConfig(architectures=["GemmaForCausalLM"]), "GemmaForCausalLM"),
         (GPT2Config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
         (Qwen2Config(), "unknown"),
     ],
@@ -151,10 +157,20 @@ def test_an_architecture_without_rules_is_named_with_those_that_have_them(config
 def test_attention_that_this_model_cannot_compute_is_refused():
     family = {"architectures": ["Qwen2ForCausalLM"]}
     with pytest.raises(ValueError, match="sliding-window"):
-        model_shape(Qwen2Config(**family, use_sliding_window=True))
+        model_shape(Qwen2Config(**family, use_sliding_window=True, sliding_window=64))
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 1024}
     with pytest.raises(ValueError, match="'yarn' is not supported"):
         model_shape(Qwen2Config(**family, rope_parameters=yarn))
+    with pytest.raises(ValueError, match=r"4096 tokens.*v0\.2"):
+        model_shape(MistralConfig(architectures=["MistralForCausalLM"], sliding_window=4096))
+    with pytest.raises(ValueError, match="attention_bias=true"):
+        model_shape(LlamaConfig(architectures=["LlamaForCausalLM"], attention_bias=True))
+    with pytest.raises(ValueError, match="only 'silu'"):
+        model_shape(LlamaConfig(architectures=["LlamaForCausalLM"], hidden_act="gelu"))
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 2.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    with pytest.raises(ValueError, match="low_freq_factor=1, the checkpoint has 2"):
+        model_shape(LlamaConfig(architectures=["LlamaForCausalLM"], rope_parameters=scaled))
 
 
 # -- folders --------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The trainable policy in one process: the same numbers as transformers and PEFT, and updates that do what they say."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import FAMILIES, make_model
+from transformers import AutoModelForCausalLM, GemmaConfig
 
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -117,6 +119,33 @@ def test_a_saved_folder_is_one_that_transformers_loads(tiny_qwen2, make_policy, 
     assert_same_bits(found.state_dict(), original.state_dict())
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2"])
+def test_every_family_is_the_model_that_transformers_has(family, is_tied, make_policy, tmp_path):
+    folder = make_model(tmp_path / "model", family, tied=is_tied)
+    policy = make_policy(folder=folder, lora=LORA)
+    assert_same_bits(exported(policy), load_file(folder / "model.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(logprobs(policy), transformers_logprobs(model), rtol=0, atol=1e-4)
+
+    randomize_adapter(policy)
+    policy.save_adapter(tmp_path / "adapter")
+    policy.save_hf(tmp_path / "merged")
+    adapted = transformers_logprobs(PeftModel.from_pretrained(model, tmp_path / "adapter").eval())
+    merged = transformers_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval())
+    for expected in (adapted, merged):
+        torch.testing.assert_close(logprobs(policy), expected, rtol=0, atol=1e-4)
+
+
+def test_llama_3s_scaled_positions_are_not_ordinary_ones(make_policy, tmp_path):
+    folder = make_model(tmp_path / "model", "llama", tied=False)
+    scaled = logprobs(make_policy(folder=folder, optimizer=None))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (logprobs(make_policy(folder=folder, optimizer=None)) - scaled).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_packed_sequences_equal_transformers(tiny_qwen2, make_policy, temperature):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2).eval()
@@ -182,8 +211,8 @@ def test_unknown_choices_name_the_known_ones(make_policy, layout):
 
 
 def test_a_folder_of_another_family_is_refused_as_a_users_mistake(make_policy, tmp_path):
-    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="LlamaForCausalLM"):
+    GemmaConfig(architectures=["GemmaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="GemmaForCausalLM"):
         make_policy(folder=tmp_path)
 
 
