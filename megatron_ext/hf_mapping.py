@@ -142,7 +142,8 @@ def _rope_factor(rope: dict[str, Any]) -> float:
     for name, value in LLAMA3_ROPE.items():
         if rope[name] != value:
             raise ValueError(
-                f"rope type 'llama3' is supported with {name}={value:g}, the checkpoint has {rope[name]:g}"
+                f"rope type 'llama3' is supported with {name}={value:g}, as Llama 3.1 to 3.3 have it; "
+                f"the checkpoint has {rope[name]:g}"
             )
     return float(rope["factor"])
 

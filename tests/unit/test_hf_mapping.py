@@ -169,7 +169,7 @@ def test_attention_that_this_model_cannot_compute_is_refused():
         model_shape(LlamaConfig(architectures=["LlamaForCausalLM"], hidden_act="gelu"))
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 2.0}
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    with pytest.raises(ValueError, match="low_freq_factor=1, the checkpoint has 2"):
+    with pytest.raises(ValueError, match=r"low_freq_factor=1, .* has 2"):
         model_shape(LlamaConfig(architectures=["LlamaForCausalLM"], rope_parameters=scaled))
 
 
