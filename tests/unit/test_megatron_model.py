@@ -324,6 +324,16 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_and_the_next_update_alone(
     assert_same_bits(exported(hurt), exported(healthy))
 
 
+@pytest.mark.parametrize("mode", ["recompute", "materialized"])
+def test_every_mode_of_the_losses_gives_the_same_updates(make_policy, mode):
+    for lora in (None, LORA):
+        plain, other = (make_policy(train=replace(TRAIN, loss_mode=m), lora=lora) for m in ("chunked", mode))
+        for _ in range(2):
+            assert update(other) == pytest.approx(update(plain), rel=1e-5)
+        for one, two in zip(exported(plain).values(), exported(other).values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputed_activations_give_the_same_update(make_policy, recompute):
     plain, recomputed = (make_policy(train=replace(TRAIN, recompute=r)) for r in ("none", recompute))
