@@ -43,6 +43,14 @@ class HFReader:
     def names(self) -> set[str]:
         return set(self._files)
 
+    def in_file_order(self) -> list[str]:
+        """All names, those of one file together."""
+        return sorted(self._files, key=lambda name: (self._files[name], name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._folder / self._files[name], "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._folder / self._files[name], "pt") as file:
             return file.get_tensor(name)
@@ -148,10 +156,17 @@ def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layo
                 yield name, tensor
 
 
-def save_hf(tensors: Iterable[tuple[str, Tensor]], *, out: Path, config_from: Path, shard_bytes: int = 4 << 30) -> None:
+def save_hf(
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    out: Path,
+    config_from: Path,
+    shard_bytes: int = 4 << 30,
+    finish: Callable[[Path], None] = lambda partial: None,
+) -> None:
     """Write a HuggingFace folder: safetensors shards and index, and config and tokenizer files from another folder.
 
-    Atomic: a killed write leaves no folder at `out`.
+    Atomic: a killed write leaves no folder at `out`. `finish` may add files before the folder gets its name.
     """
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -182,5 +197,6 @@ def save_hf(tensors: Iterable[tuple[str, Tensor]], *, out: Path, config_from: Pa
             (partial / f"shard-{k}.safetensors").rename(partial / file)
         index = {"metadata": {"total_size": total}, "weight_map": {n: final[k] for n, k in weight_map.items()}}
         (partial / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
+    finish(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

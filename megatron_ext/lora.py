@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ext.hf_mapping import ModelShape, interleave_qkv
@@ -185,22 +181,14 @@ def adapter_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor, int | None]
         yield f"{prefix}.lora_B.weight", b.detach(), None if adapter.is_row_parallel else 0
 
 
-def write_peft_folder(folder: Path, tensors: dict[str, Tensor], settings: LoraSettings, *, base_model: str) -> None:
-    """An adapter folder that `peft.PeftModel.from_pretrained` loads. Atomic."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / "adapter_model.safetensors")
-    config = {
+def peft_config(settings: LoraSettings) -> dict[str, Any]:
+    """What PEFT's adapter_config.json says of these adapters."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(name for names in TARGETS.values() for name in names),
     }
-    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

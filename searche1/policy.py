@@ -25,11 +25,12 @@ from megatron_ext.lora import (
     adapters,
     adapters_disabled,
     attach_adapters,
-    write_peft_folder,
+    peft_config,
 )
 from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
 from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
+from megatron_ext.peft_io import write_peft_folder
 from megatron_ext.training import run_schedule, wrap_data_parallel
 from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
 from searche1.config import TrainConfig
@@ -307,7 +308,7 @@ class Policy:
 
         tensors = dict(walk_stages(export, self.layout))
         if self.layout.is_writer:
-            write_peft_folder(folder, tensors, self._lora, base_model=str(self.model_path))
+            write_peft_folder(folder, tensors, peft_config(self._lora), base=self.model_path)
         dist.barrier()
 
     def _peft_tensors(self, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,106 @@
+"""Merges a LoRA adapter in PEFT's format into the HuggingFace folder it was trained on.
+
+    python tools/merge_lora.py --base runs/NAME/cycle0/grpo/hf --adapter runs/NAME/cycle0/opsd/adapter --out merged
+
+A tensor at a time, in float32, rounded once to the base's type. Refused: an adapter of other weights, one that is in
+the base already, and kinds of adapters whose merge is more than W + scale * B A. `--verify` loads base and adapter with
+peft and compares its logits with the merged folder's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from megatron_ext.hf_io import HFReader, save_hf
+from megatron_ext.peft_io import (
+    PeftAdapter,
+    check_base,
+    merged_tensors,
+    read_peft_folder,
+    record_merge,
+)
+
+VERIFIED_TOKENS = 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="HuggingFace folder the adapter was trained on")
+    parser.add_argument("--adapter", type=Path, required=True, help="PEFT folder: adapter_config.json and safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--verify", action="store_true", help="compare logits with peft's; loads the model twice")
+    arguments = parser.parse_args()
+    try:
+        merge(arguments.base, arguments.adapter, arguments.out)
+        if arguments.verify:
+            verify(arguments.base, arguments.adapter, arguments.out)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"merge_lora.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def merge(base: Path, adapter_folder: Path, out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} is already there; remove it, or give another --out")
+    adapter = read_peft_folder(adapter_folder)
+    print(f"reading {base}: is it what the adapter was trained on?", flush=True)
+    base_fingerprint = check_base(adapter, base)
+    if adapter.base_fingerprint is None:
+        print("  the adapter does not name its weights (PEFT's own do not): only names and shapes were compared")
+    needed = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out.parent).free) < needed:
+        raise ValueError(f"{out.parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB")
+    save_hf(
+        with_progress(merged_tensors(adapter, base), total=len(HFReader(base).names())),
+        out=out,
+        config_from=base,
+        finish=lambda partial: record_merge(adapter, base, partial, base_fingerprint=base_fingerprint),
+    )
+    print(f"wrote {out}: {len(adapter.low_rank)} weights changed, scale {adapter.scale:g}")
+
+
+def with_progress(tensors: Iterator[tuple[str, Tensor]], *, total: int) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, with a line for every tenth of them."""
+    for number, item in enumerate(tensors, start=1):
+        yield item
+        if number * 10 // total > (number - 1) * 10 // total:
+            print(f"  {number} of {total} tensors", flush=True)
+
+
+def verify(base: Path, adapter_folder: Path, merged: Path) -> None:
+    """Raises ValueError if peft's logits with the adapter are not those of the merged folder, to rounding."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter: PeftAdapter = read_peft_folder(adapter_folder)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, VERIFIED_TOKENS), generator=generator)
+    with torch.no_grad():
+        before = model(ids).logits
+        expected = PeftModel.from_pretrained(model, adapter_folder).eval()(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+    change, gap = float((expected - before).abs().mean()), float((expected - found).abs().mean())
+    # Rounding of merged bfloat16 weights is part of the merge; it must be small beside what the adapter does.
+    stored = HFReader(merged).tensor(next(iter(adapter.low_rank))).dtype
+    allowed = 1e-4 if stored == torch.float32 else max(0.05, 0.2 * change)
+    if not gap <= allowed:
+        raise ValueError(
+            f"{merged} is not what peft computes: logits differ by {gap:.2e} on average (allowed {allowed:.0e}; "
+            f"the adapter changes them by {change:.2e}); do not use it"
+        )
+    print(f"verified: logits are peft's to {gap:.1e} on average; the adapter changes them by {change:.1e}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
