@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from megatron_ext.vocab_parallel.shard import VocabShard
 BUFFER_ELEMENTS = 256_000  # large enough to hide the cost of a torch call, small enough for the cache
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)  # a forked process has none of its parent's threads
 _thread = threading.local()  # .buffers: scratch memory of a thread
 
 

@@ -42,7 +42,8 @@ from megatron_ext.vocab_parallel.values import ClippedKL, TokenLogprobs
 
 MODES = ("chunked", "recompute", "materialized")  # M1, M2, M0
 
-# (values of some rows, which rows) -> their part of the loss, a scalar. Parts add up; no part may look at others.
+# (values of some rows, which rows) -> their part of the loss, a scalar. Parts add up; no part may look at others, and
+# nothing else that is trained may be in it: only the values' gradients are followed.
 RowLoss = Callable[[TokenLogprobs, slice], Tensor]
 Block = TypeVar("Block", TokenBlock, KLBlock)
 Values = TypeVar("Values", TokenLogprobs, ClippedKL, KLRows)
@@ -283,7 +284,9 @@ def _token_loss_in_chunks(
         with torch.enable_grad():  # the loss of these rows alone: its graph is as small as their number
             leaves = TokenLogprobs(*(value.detach().requires_grad_() for value in values))
             loss = row_loss(leaves, rows)
-        for_logprobs, for_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for_logprobs = for_entropy = None
+        if loss.requires_grad:  # a chunk may have nothing to say
+            for_logprobs, for_entropy = torch.autograd.grad(loss, leaves, allow_unused=True)
         if for_logprobs is None:
             for_logprobs = torch.zeros_like(values.logprobs)
         total.add_(loss.detach())
@@ -378,14 +381,14 @@ class _RecomputedTokens(torch.autograd.Function):
             lambda _, block, started: pieces.append(block.finish(started)),
         )
         merged = torch.cat(pieces)
-        ctx.save_for_backward(hidden, targets, merged)
-        ctx.weight, ctx.shard, ctx.options = weight, shard, options
+        ctx.save_for_backward(hidden, targets, merged, weight)
+        ctx.weight, ctx.shard, ctx.options = weight, shard, options  # the very parameter: Megatron's marks are on it
         return tuple(value.clone() for value in values_of_tokens(merged, None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, for_logprobs: Tensor, for_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, merged = ctx.saved_tensors
+        hidden, targets, merged, _ = ctx.saved_tensors  # asking refuses a head that was changed meanwhile
         head = _Head(hidden, ctx.weight, ctx.shard, **ctx.options)
         head.want_gradients(of_weight=ctx.needs_input_grad[1])
         for number, rows in head.chunks():  # what ranks had to agree on is in `merged`: nobody waits for anybody
@@ -413,7 +416,7 @@ class _RecomputedKL(torch.autograd.Function):
             lambda _, block, started: pieces.append(block.finish(started)),
         )
         found = _catenated(pieces)
-        ctx.save_for_backward(student, teacher, *found)
+        ctx.save_for_backward(student, teacher, weight, *found)
         ctx.weight, ctx.shard, ctx.kl_clip, ctx.options = weight, shard, kl_clip, options
         values = tuple(value.clone() for value in values_of_kl(found, None))
         ctx.mark_non_differentiable(*values[1:])
@@ -422,7 +425,7 @@ class _RecomputedKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, for_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, *saved = ctx.saved_tensors
+        student, teacher, _, *saved = ctx.saved_tensors
         found = KLRows(*saved)
         head = _Head(student, ctx.weight, ctx.shard, **ctx.options)
         head.want_gradients(of_weight=ctx.needs_input_grad[2])

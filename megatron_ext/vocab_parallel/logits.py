@@ -5,6 +5,7 @@ Shapes: R rows, v local columns of a vocabulary of V that is split over the rank
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def token_logprobs(
     Raises:
         ValueError: shapes or types do not fit, or a target is no column of the vocabulary.
     """
-    check_logits(shard, logits)
+    check_logits(shard, logits, is_written=consume)
     check_targets(targets, len(logits), shard)
     kernels = kernels or kernels_for(logits)
     return TokenLogprobs(
@@ -74,14 +75,14 @@ def clipped_kl(
     Raises:
         ValueError: shapes, types or settings do not fit.
     """
-    check_logits(shard, student, teacher)
+    check_logits(shard, student, teacher, is_written=consume)
     check_clip(kl_clip)
     kernels = kernels or kernels_for(student)
     scale = 1 / check_temperature(temperature)
     return ClippedKL(*_ClippedKL.apply(student, teacher.detach(), live, shard, scale, kl_clip, consume, kernels))
 
 
-def check_logits(shard: VocabShard, *logits: Tensor) -> None:
+def check_logits(shard: VocabShard, *logits: Tensor, is_written: bool) -> None:
     first = logits[0]
     for each in logits:
         if each.ndim != 2 or each.shape[1] != shard.size or each.shape != first.shape or each.dtype != first.dtype:
@@ -91,6 +92,8 @@ def check_logits(shard: VocabShard, *logits: Tensor) -> None:
             )
         if len(each) and (each.stride(1) != 1 or each.stride() != first.stride()):
             raise ValueError("columns of logits must lie next to each other and rows alike; call .contiguous() first")
+        if is_written and len(each) > 1 and each.stride(0) < each.shape[1]:
+            raise ValueError("logits with consume=True must not share memory between rows (expand); call .contiguous()")
 
 
 def check_targets(targets: Tensor, num_rows: int, shard: VocabShard) -> None:
@@ -106,8 +109,8 @@ def check_targets(targets: Tensor, num_rows: int, shard: VocabShard) -> None:
 
 
 def check_temperature(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be more than 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be more than 0 and finite, got {temperature}")
     return temperature
 
 
@@ -128,13 +131,13 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         consume: bool,
         kernels: RowKernels,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         block = TokenBlock(kernels, logits, targets.contiguous(), live, shard, scale)
         rows = block.finish(block.start())
         ctx.save_for_backward(logits, block.targets, live, rows)
         ctx.settings = (shard, scale, consume, kernels)
         ctx.set_materialize_grads(False)
-        return block.values(rows)
+        return tuple(value.clone() for value in block.values(rows))  # `rows` is kept for backward
 
     @staticmethod
     @once_differentiable
@@ -168,9 +171,9 @@ class _ClippedKL(torch.autograd.Function):
         found = block.finish(block.start())
         ctx.save_for_backward(student, teacher, live, *found)
         ctx.settings = (shard, scale, kl_clip, consume, kernels)
-        values = block.values(found)
+        values = tuple(value.clone() for value in block.values(found))
         ctx.mark_non_differentiable(*values[1:])
-        return tuple(values)
+        return values
 
     @staticmethod
     @once_differentiable

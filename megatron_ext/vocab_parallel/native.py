@@ -50,17 +50,24 @@ def _library() -> ctypes.CDLL | str:
     if capability not in LEVELS:
         return f"this CPU is {capability}, and they are built for AVX2 and AVX-512"
     here = Path(__file__).parent
-    found = [path for level in LEVELS[capability] for path in here.glob(f"_rows_{level}.*so")]
-    if not found:
-        return "they are not built; there was no g++ when the project was installed"
-    library = ctypes.CDLL(str(found[0]))
-    library.rows_source.restype = ctypes.c_char_p
-    if library.rows_source().decode() != hashlib.sha256((here / "rows.cpp").read_bytes()).hexdigest():
-        return f"{found[0].name} was built from another rows.cpp; install the project again"
-    for name, types in SIGNATURES.items():
-        getattr(library, name).argtypes = types
-        getattr(library, name).restype = None
-    return library
+    source = hashlib.sha256((here / "rows.cpp").read_bytes()).hexdigest()
+    reason = "they are not built; there was no g++ when the project was installed"
+    for path in (path for level in LEVELS[capability] for path in sorted(here.glob(f"_rows_{level}.*so"))):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.rows_source.restype = ctypes.c_char_p
+            built_from = library.rows_source().decode()
+        except (OSError, AttributeError) as error:
+            reason = f"{path.name} does not load ({error}); install the project again"
+            continue
+        if built_from != source:
+            reason = f"{path.name} was built from another rows.cpp; install the project again"
+            continue
+        for name, types in SIGNATURES.items():
+            getattr(library, name).argtypes = types
+            getattr(library, name).restype = None
+        return library
+    return reason
 
 
 def why_absent() -> str | None:

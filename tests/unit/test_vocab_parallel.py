@@ -7,6 +7,9 @@
 import itertools
 import math
 import os
+import shutil
+import signal
+import time
 import types
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocab_cases import CLIPS, DTYPES, NAMES, ROWS, STORED, TEMPERATURES, WHOLE, V, case, draw, rounding
+from vocab_cases import CLIPS, CUTS, DTYPES, NAMES, ROWS, SIZES, STORED, TEMPERATURES, WHOLE, V, case, draw, rounding
 
 from megatron_ext.vocab_parallel import (
     MODES,
@@ -35,7 +38,7 @@ from megatron_ext.vocab_parallel import (
     whole_vocabulary,
 )
 from megatron_ext.vocab_parallel.gpu import TritonRows
-from megatron_ext.vocab_parallel.protocol import KLBlock
+from megatron_ext.vocab_parallel.protocol import KLBlock, KLRows
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -411,14 +414,19 @@ def test_a_target_in_the_padding_is_refused(target):
         (lambda k: k.update(teacher=k["teacher"][:-1]), "logits must be"),
         (lambda k: k.update(teacher=k["teacher"].bfloat16()), "of one dtype"),
         (lambda k: k.update(student=k["student"].t().contiguous().t()), "next to each other"),
+        (
+            lambda k: k.update(teacher=k["teacher"][:1].expand(ROWS, -1), student=k["student"][:1].expand(ROWS, -1)),
+            "consume",
+        ),
         (lambda k: k.update(temperature=0.0), "temperature must be more than 0"),
+        (lambda k: k.update(temperature=math.inf), "more than 0 and finite"),
         (lambda k: k.update(kl_clip=-1.0), "kl_clip must be 0 or more"),
         (lambda k: k.update(kl_clip=math.nan), "kl_clip must be 0 or more"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
     found = case("plain")
-    arguments = {"student": found.student, "teacher": found.teacher, "shard": WHOLE, "kl_clip": 1.0}
+    arguments = {"student": found.student, "teacher": found.teacher, "shard": WHOLE, "kl_clip": 1.0, "consume": True}
     change(arguments)
     with pytest.raises(ValueError, match=message):
         clipped_kl(**arguments)
@@ -524,6 +532,95 @@ def test_recomputed_rows_serve_any_later_loss():
     logits = F.linear(exact, weight.double()), F.linear(teacher.double(), weight.double())
     (reference.clipped_kl(*logits, vocab_size=V, kl_clip=1.0).loss ** 2).sum().backward()
     torch.testing.assert_close(once.double(), exact.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chunk_without_a_loss_of_its_own_gets_no_gradient():
+    student, _, weight = head_inputs(5)
+    student.requires_grad_()
+
+    def row_loss(found, rows):
+        return torch.zeros(()) if rows.start == 0 else found.logprobs.sum()
+
+    value, _ = token_loss(student, weight, torch.arange(5), WHOLE, row_loss, mode="chunked", chunk=2)
+    value.backward()
+    assert not student.grad[:2].any() and student.grad[2:].any(dim=1).all()
+
+
+@pytest.mark.parametrize("mode", ["recompute", "materialized"])
+def test_a_head_that_changes_before_backward_is_refused(mode):
+    student, teacher, weight = head_inputs(5)
+    student.requires_grad_()
+    value, _ = kl_loss(student, teacher, weight, WHOLE, torch.ones(5), kl_clip=1.0, mode=mode, chunk=2)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_a_forked_process_starts_threads_of_its_own():
+    found = case("plain")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        clipped_kl(found.student, found.teacher, WHOLE, kl_clip=1.0)
+        child = os.fork()
+        if not child:
+            clipped_kl(found.student, found.teacher, WHOLE, kl_clip=1.0)
+            os._exit(0)
+        for _ in range(200):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert done and status == 0, "the forked process hangs"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(bool(WHY_NOT["native"]), reason=str(WHY_NOT["native"]))
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_native_kernels_that_are_absent_or_do_not_load_are_a_reason_and_no_crash(content, tmp_path, monkeypatch):
+    shutil.copy(Path(native.__file__).with_name("rows.cpp"), tmp_path)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    look = native._library.__wrapped__  # without what was found before
+    assert "they are not built" in look()
+    for level in ("v3", "v4"):
+        (tmp_path / f"_rows_{level}.so").write_bytes(content)
+    assert "does not load" in look()
+
+
+@on_each
+def test_shards_of_every_size_give_the_bits_of_the_whole(name):
+    """What ranks compute and exchange, without ranks (tests/parallel/test_vocab_ranks.py has them)."""
+    kernels, device = kernels_named(name), device_of(name)
+    found, upstream = case("disagreeing").to(device), draw(3, ROWS).to(device)
+    options = {"scale": 1.25, "kl_clip": 0.05}
+
+    def columns(x, rank, size):
+        return F.pad(x[:, :V], (0, 8 * 384 - V))[:, rank * size : (rank + 1) * size].contiguous()
+
+    def together(ranks):
+        shards = [VocabShard(None, r * SIZES[ranks], SIZES[ranks], V, CUTS) for r in range(ranks)]
+        logits = [[columns(x, r, SIZES[ranks]) for x in (found.student, found.teacher)] for r in range(ranks)]
+        blocks = [KLBlock(kernels, *z, None, shard, **options) for z, shard in zip(logits, shards, strict=True)]
+        rows = kernels.merge_kl(torch.cat([block.start().wait()[:, : len(block.shard.tiles)] for block in blocks], 1))
+        suspect, sums = rows[:, 5] > 0.05, []
+        for block in blocks:
+            own = torch.zeros(ROWS, len(block.shard.tiles), 2, device=device)
+            kernels.kl_scan(block.student, block.teacher, suspect, rows, block.shard, sums=own, **options)
+            sums.append(own)
+        loss, mass = torch.cat(sums, 1).sum(1).t().contiguous()
+        gradients = [torch.empty_like(block.student) for block in blocks]
+        for block, out in zip(blocks, gradients, strict=True):
+            block.grad(KLRows(rows, suspect, loss, mass), upstream, out=out)
+        return rows, loss, mass, torch.cat(gradients, dim=1)[:, :V]
+
+    whole = together(1)
+    assert (whole[2] > 0).any()
+    for ranks in (2, 4, 8):
+        assert all(torch.equal(a, b) for a, b in zip(together(ranks), whole, strict=True))
 
 
 def test_a_gradient_taken_in_forward_is_handed_out_once():
