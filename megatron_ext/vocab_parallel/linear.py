@@ -107,6 +107,9 @@ def kl_loss(
         kl_clip, temperature: as in `clipped_kl`.
         mode, chunk: as in `token_loss`.
     """
+    _check_teacher(student, teacher)
+    if row_weights.shape != (len(student),):
+        raise ValueError(f"row_weights must be [{len(student)}], got {tuple(row_weights.shape)}")
     options: dict[str, Any] = {"kl_clip": kl_clip, "temperature": temperature, "kernels": kernels}
     if mode == "chunked":
         return _kl_loss_in_chunks(student, teacher, weight, shard, row_weights, chunk=chunk, **options)
@@ -118,6 +121,14 @@ def kl_loss(
             teacher_logits = F.linear(teacher, weight)
         found = clipped_kl(F.linear(student, weight), teacher_logits, shard, consume=True, **options)
     return (row_weights * found.loss).sum(), found.detach()
+
+
+def _check_teacher(student: Tensor, teacher: Tensor) -> None:
+    if teacher.shape != student.shape or teacher.dtype != student.dtype:
+        raise ValueError(
+            f"student and teacher must be rows of one shape and dtype, got {student.dtype} {tuple(student.shape)} "
+            f"and {teacher.dtype} {tuple(teacher.shape)}"
+        )
 
 
 def _check_mode(mode: str) -> None:
@@ -185,7 +196,7 @@ class _Head:
 
     def token_block(self, targets: Tensor, number: int, rows: slice) -> TokenBlock:
         logits = self._logits("logits", self._hidden[rows], number)
-        return TokenBlock(self._kernels, logits, targets[rows], None, self._shard, self._scale)
+        return TokenBlock(self._kernels, logits, targets[rows].contiguous(), None, self._shard, self._scale)
 
     def kl_block(self, teacher: Tensor, kl_clip: float, number: int, rows: slice) -> KLBlock:
         student_logits = self._logits("student", self._hidden[rows], number)
@@ -365,6 +376,7 @@ def linear_clipped_kl(
 ) -> ClippedKL:
     """`clipped_kl` of the two heads' logits; backward applies the head to both again."""
     check_clip(kl_clip)
+    _check_teacher(student, teacher)
     options = {"temperature": temperature, "chunk": chunk, "kernels": kernels}
     return ClippedKL(*_RecomputedKL.apply(student, teacher.detach(), weight, shard, kl_clip, options))
 

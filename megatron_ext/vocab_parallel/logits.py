@@ -42,6 +42,7 @@ def token_logprobs(
     """
     check_logits(shard, logits, is_written=consume)
     check_targets(targets, len(logits), shard)
+    live = check_live(live, len(logits))
     kernels = kernels or kernels_for(logits)
     return TokenLogprobs(
         *_TokenLogprobs.apply(logits, targets, live, shard, 1 / check_temperature(temperature), consume, kernels)
@@ -77,6 +78,7 @@ def clipped_kl(
     """
     check_logits(shard, student, teacher, is_written=consume)
     check_clip(kl_clip)
+    live = check_live(live, len(student))
     kernels = kernels or kernels_for(student)
     scale = 1 / check_temperature(temperature)
     return ClippedKL(*_ClippedKL.apply(student, teacher.detach(), live, shard, scale, kl_clip, consume, kernels))
@@ -106,6 +108,12 @@ def check_targets(targets: Tensor, num_rows: int, shard: VocabShard) -> None:
             f"targets range from {int(targets.min())} to {int(targets.max())}, but the vocabulary has ids 0 to "
             f"{shard.vocab_size - 1}; ids behind it are padding of the head"
         )
+
+
+def check_live(live: Tensor | None, num_rows: int) -> Tensor | None:
+    if live is not None and (live.shape != (num_rows,) or live.dtype != torch.bool):
+        raise ValueError(f"live must be bool [{num_rows}], got {live.dtype} {tuple(live.shape)}")
+    return None if live is None else live.contiguous()
 
 
 def check_temperature(temperature: float) -> float:

@@ -35,7 +35,7 @@ class RowKernels(Protocol):
     """Arithmetic on the logits themselves: rows on one rank, without communication.
 
     `logits`, `student`, `teacher`: [R, v] with unit column stride, all of one dtype; z = logits * scale in float32.
-    `live`: [R] bool or None for all; rows that are not live are never read, their gradient is 0, other results free.
+    `live`: [R] bool or None for all; what other rows hold does not matter, and their gradient is 0, all else free.
     Stats and sums have a slot for each tile of the rank that holds most, [R, slots, ...] float32.
     """
 
@@ -251,8 +251,10 @@ class KLBlock:
     def _must_scan(self, suspect: Tensor) -> bool:
         """Every rank has the same merged bytes and so decides alike. A GPU alone scans without asking: the kernel
         passes over rows that are not suspect, and nobody waits for the answer."""
+        if self.kl_clip == torch.inf:
+            return False
         if suspect.is_cuda and self.shard.group is None:
-            return self.kl_clip < torch.inf
+            return True
         return bool(suspect.any())
 
     def values(self, found: KLRows) -> ClippedKL:

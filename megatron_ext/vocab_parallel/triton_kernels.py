@@ -96,7 +96,7 @@ def token_grad(
             d = -tl.where(p > 0, p * (g + h * (log_p + entropy)), p)  # a NaN in p stays
         else:
             d = -p * g
-        d = tl.where(columns == target, d + g, d)
+        d = tl.where((columns == target) & (columns < V), d + g, d)
         tl.store(OUT + columns, d.to(OUT.dtype.element_ty), mask=columns < WIDTH)
 
 

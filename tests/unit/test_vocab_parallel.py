@@ -534,6 +534,40 @@ def test_recomputed_rows_serve_any_later_loss():
     torch.testing.assert_close(once.double(), exact.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_do_not_belong_together_are_refused_before_memory_is_read(mode):
+    student, teacher, weight = head_inputs(5)
+    options = {"kl_clip": 1.0, "mode": mode, "chunk": 3}
+    for other, weights, message in (
+        (teacher[:-1], torch.ones(5), "rows of one shape"),
+        (torch.cat([teacher, teacher]), torch.ones(5), "rows of one shape"),
+        (teacher, torch.ones(1), r"row_weights must be \[5\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kl_loss(student, other, weight, WHOLE, weights, **options)
+    found = case("plain")
+    with pytest.raises(ValueError, match=r"live must be bool \[6\]"):
+        token_logprobs(found.student, found.targets, WHOLE, live=torch.ones(3, dtype=torch.bool))
+
+
+@on_each
+def test_targets_and_masks_may_be_strided(name):
+    device, kernels = device_of(name), kernels_named(name)
+    found = case("plain").to(device)
+    targets, live = torch.arange(2 * ROWS, device=device)[::2], torch.ones(2 * ROWS, dtype=torch.bool, device=device)
+    live[1::2] = False
+    one, other = (
+        token_logprobs(found.student, y, WHOLE, live=mask, kernels=kernels)
+        for y, mask in ((targets, live[::2]), (targets.clone(), None))
+    )
+    assert torch.equal(one.logprobs, other.logprobs)
+    student, _, weight = head_inputs(ROWS, device=device)
+    one, other = (
+        linear_token_logprobs(student, weight, y, WHOLE, chunk=4, kernels=kernels) for y in (targets, targets.clone())
+    )
+    assert torch.equal(one.logprobs, other.logprobs)
+
+
 def test_a_chunk_without_a_loss_of_its_own_gets_no_gradient():
     student, _, weight = head_inputs(5)
     student.requires_grad_()
