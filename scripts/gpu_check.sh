@@ -164,11 +164,12 @@ END
 }
 
 check_losses() {
-    python3 -m pytest tests/unit/test_vocab_parallel.py -q -k triton
+    local failed=0
+    python3 -m pytest tests/unit/test_vocab_parallel.py -q -k triton || failed=1
     bench() { # name of its JSON, then arguments; the last line of the program's output is JSON
         local name=$1
         shift
-        timeout 240 python3 tools/bench/losses.py --device cuda "$@" | tee "$out/losses_$name.txt"
+        timeout 240 python3 tools/bench/losses.py --device cuda "$@" | tee "$out/losses_$name.txt" || failed=1
         tail -n 1 "$out/losses_$name.txt" >"$out/losses_$name.json"
     }
     bench logits --jobs kl,tokens --rows 8192
@@ -177,6 +178,7 @@ check_losses() {
     for columns in 76032 38016 19072; do # what a rank of TP 2, 4 and 8 holds of 151,936, without its messages
         bench "shard_$columns" --jobs "kl,tokens,head kl,head tokens" --rows 8192 --vocab $columns --only ours
     done
+    return $failed
 }
 
 check_tests() {

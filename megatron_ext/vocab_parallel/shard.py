@@ -44,11 +44,6 @@ class VocabShard:
         """Real columns here; the rest of `size` is padding. A rank may hold padding only."""
         return max(0, min(self.size, self.vocab_size - self.start))
 
-    @property
-    def num_tiles(self) -> int:
-        """K, tiles of the whole vocabulary."""
-        return len(self.cuts) - 1
-
     @functools.cached_property
     def tiles(self) -> tuple[tuple[int, int], ...]:
         """(begin, end) of this rank's tiles, in local columns."""
