@@ -60,15 +60,14 @@ def load_checkpoint(model: DistributedDataParallel, optimizer: MegatronOptimizer
             # Loading shares one tensor between parameters; each would advance it in every step.
             parameter_state["step"] = parameter_state["step"].clone()
     state: dict[str, Any] = loaded.pop("state")
-    weights = {name.removeprefix("model."): tensor for name, tensor in loaded.items() if name.startswith("model.")}
-    model.module.load_state_dict(weights, strict=False)
+    model.module.load_state_dict(loaded["model"], strict=False)
     return state
 
 
 def _sharded(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    weights = model.module.sharded_state_dict(prefix="model.")
+    weights = model.module.sharded_state_dict()  # named as Megatron-LM names them, so that tools read them
     return {
-        **weights,
+        "model": dict(weights),
         "optimizer": optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=_SHARDING),
     }
 

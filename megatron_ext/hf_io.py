@@ -1,44 +1,84 @@
-"""Reads and writes HuggingFace folders from and to a sharded Megatron model, a tensor at a time."""
+"""Reads and writes HuggingFace folders, a tensor at a time: alone, and from and to a sharded Megatron model."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ext.hf_mapping import EMBEDDING, HEAD, ModelShape, from_shards, local_rules, model_rules, to_shard
+from megatron_ext.hf_mapping import (
+    EMBEDDING,
+    HEAD,
+    ModelShape,
+    Rule,
+    expert_rule,
+    from_shards,
+    hf_sizes,
+    local_rules,
+    to_shard,
+)
 from megatron_ext.lora import Adapter
 from megatron_ext.model import HiddenStateModel
-from megatron_ext.parallel import Layout
+from megatron_ext.parallel import Layout, expert_group
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # config, tokenizer, chat template, generation config
+SHARD_BYTES = 4 << 30
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.size) * self.dtype.itemsize
 
 
 class HFReader:
-    """Random access to the tensors of a HuggingFace folder, without loading it whole."""
+    """Random access to the tensors of a HuggingFace folder, without loading it whole.
+
+    Raises ValueError if the folder has no safetensors weights, or lacks some that its index names.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         if (folder / INDEX_NAME).is_file():
-            self._files: dict[str, str] = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            files = sorted(set(weight_map.values()))
         elif (folder / SINGLE_NAME).is_file():
-            with safe_open(folder / SINGLE_NAME, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), SINGLE_NAME)
+            weight_map, files = None, [SINGLE_NAME]
         else:
             raise ValueError(
                 f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}; give a folder with safetensors weights"
             )
-        self._folder = folder
+        self._files: dict[str, str] = {}
+        self._specs: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in files:
+            for name, spec in _read_header(folder / file).items():
+                self._files[name], self._specs[name] = file, spec
+        if absent := sorted(name for name in weight_map or {} if self._files.get(name) != weight_map[name]):
+            raise ValueError(
+                f"{folder} is not whole: {weight_map[absent[0]]} lacks {absent[0]}, which {INDEX_NAME} says is in it "
+                f"({len(absent)} such); copy or download the folder again"
+            )
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -47,43 +87,58 @@ class HFReader:
         """All names, those of one file together."""
         return sorted(self._files, key=lambda name: (self._files[name], name))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._folder / self._files[name], "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+    def spec(self, name: str) -> TensorSpec:
+        """Raises ValueError for a type that is no plain float."""
+        size, dtype = self._specs[name]
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{name} in {self.folder} is stored as {dtype}; only {', '.join(DTYPES)} are read. "
+                "Use the checkpoint's unquantized version"
+            )
+        return TensorSpec(size, DTYPES[dtype])
 
     def tensor(self, name: str) -> Tensor:
-        with safe_open(self._folder / self._files[name], "pt") as file:
+        with safe_open(self.folder / self._files[name], "pt") as file:
             return file.get_tensor(name)
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Size and type of every tensor in a file, which must be as long as its header says."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or download the folder again") from error
+
+
+def check_weights(reader: HFReader, shape: ModelShape) -> None:
+    """Raises ValueError if tensors are missing, unknown, or of another size than the folder's config.json says."""
+    folder, expected = reader.folder, hf_sizes(shape)
+    # A tied checkpoint may still carry a copy of its head.
+    surplus = reader.names() - set(expected) - (set(HEAD.hf) if shape.tied_embeddings else set())
+    if missing := expected.keys() - reader.names():
+        raise ValueError(f"{folder} lacks {len(missing)} tensors of its architecture, first: {sorted(missing)[0]}")
+    if surplus:
+        raise ValueError(f"{folder} holds {len(surplus)} tensors without a mapping rule, first: {sorted(surplus)[0]}")
+    for name, size in expected.items():
+        found = reader.spec(name).size
+        if found != size:
+            what = f"a vocabulary of {shape.vocab_size}" if name in (*EMBEDDING.hf, *HEAD.hf) else f"{size}"
+            raise ValueError(
+                f"{name} in {folder} is {found} where config.json says {what}; "
+                "the folder's weights and config.json do not belong together"
+            )
 
 
 @torch.no_grad()
 def load_hf_weights(model: HiddenStateModel, folder: Path, shape: ModelShape, layout: Layout) -> None:
-    """Fill this rank's parameters from a HuggingFace folder.
-
-    Raises ValueError if tensors are missing, unknown, or of the wrong shape.
-    """
+    """Fill this rank's parameters from a HuggingFace folder. Raises ValueError if it does not fit (`check_weights`)."""
     reader = HFReader(folder)
-    expected = {name for rule in model_rules(shape) for name in rule.hf}
-    # A tied checkpoint may still carry a copy of its head.
-    surplus = reader.names() - expected - (set(HEAD.hf) if shape.tied_embeddings else set())
-    if missing := expected - reader.names():
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of its architecture, first: {sorted(missing)[0]}")
-    if surplus:
-        raise ValueError(f"{folder} holds {len(surplus)} tensors without a mapping rule, first: {sorted(surplus)[0]}")
+    check_weights(reader, shape)
     for rule, parameter in local_rules(model, shape):
         parts = [reader.tensor(name) for name in rule.hf]
-        if rule.layout == "vocab" and len(parts[0]) != shape.vocab_size:  # padding would hide it
-            raise ValueError(
-                f"{rule.hf[0]} in {folder} has {len(parts[0])} rows where config.json says a vocabulary of "
-                f"{shape.vocab_size}; the folder's weights and config.json do not belong together"
-            )
-        local = to_shard(rule, parts, shape, layout.tensor_rank, layout.tensor)
-        if local.shape != parameter.shape:
-            raise ValueError(
-                f"{rule.hf[0]} in {folder} gives {tuple(local.shape)} where the model's config needs "
-                f"{tuple(parameter.shape)}; the folder's weights and config.json do not belong together"
-            )
-        parameter.copy_(local)
+        parameter.copy_(to_shard(rule, parts, shape, layout.tensor_rank, layout.tensor))
     if shape.tied_embeddings and model.post_process and not model.pre_process:
         # The last stage holds its own copy of the embedding as its head.
         embedding = to_shard(EMBEDDING, [reader.tensor(EMBEDDING.hf[0])], shape, layout.tensor_rank, layout.tensor)
@@ -94,8 +149,8 @@ def load_hf_weights(model: HiddenStateModel, folder: Path, shape: ModelShape, la
 def hf_tensors(model: HiddenStateModel, shape: ModelShape, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Whole HuggingFace tensors, adapters merged in float32, one after another on rank 0.
 
-    Collective over data-parallel replica 0: every rank of it must exhaust the iterator; all but rank 0 get nothing.
-    Gathers over tensor-parallel ranks, walks over pipeline stages.
+    Collective: every rank must exhaust the iterator; all but rank 0 get nothing. Gathers over tensor- and
+    expert-parallel ranks, walks over pipeline stages.
     """
     modules = dict(model.named_modules())
 
@@ -109,9 +164,27 @@ def hf_tensors(model: HiddenStateModel, shape: ModelShape, layout: Layout) -> It
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for rule, parameter in local_rules(model, shape):
             shards = gather_shards(local_tensor(names[id(parameter)], parameter), layout)
-            yield from from_shards(rule, shards, shape).items()
+            for owner, whole in gather_experts(rule, from_shards(rule, shards, shape), shape, layout):
+                yield from zip(owner.hf, whole, strict=True)
 
     yield from walk_stages(export, layout)
+
+
+def gather_experts(
+    rule: Rule, whole: dict[str, Tensor], shape: ModelShape, layout: Layout
+) -> Iterator[tuple[Rule, list[Tensor]]]:
+    """The same parameter of every expert-parallel rank's expert, each with its rule. Collective over their group."""
+    tensors = list(whole.values())
+    if not rule.is_expert or layout.expert == 1:
+        yield rule, tensors
+        return
+    group, local = expert_group(), shape.num_experts // layout.expert
+    gathered = []
+    for tensor in tensors:
+        gathered.append([torch.empty_like(tensor) for _ in range(layout.expert)])
+        dist.all_gather(gathered[-1], tensor.contiguous(), group=group)
+    for rank in range(layout.expert):
+        yield expert_rule(rule, rank * local + rule.place[1] % local), [parts[rank] for parts in gathered]
 
 
 def gather_shards(local: Tensor, layout: Layout) -> list[Tensor]:
@@ -126,7 +199,7 @@ def gather_shards(local: Tensor, layout: Layout) -> list[Tensor]:
 
 def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Run `export` on each pipeline stage in turn and hand its tensors to rank 0."""
-    if layout.data_rank != 0:
+    if layout.data_rank >= layout.expert:  # the first replica, and those that hold its experts with it
         return
     group = parallel_state.get_pipeline_model_parallel_group()
     for stage in range(layout.pipeline):
@@ -138,11 +211,11 @@ def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layo
             continue
         if layout.pipeline_rank == stage:
             for name, tensor in export():
-                if layout.tensor_rank == 0:
+                if layout.tensor_rank == layout.data_rank == 0:
                     header = [(name, tuple(tensor.shape), tensor.dtype)]
                     dist.send_object_list(header, dst=0)
                     dist.send(tensor.contiguous(), dst=0)
-            if layout.tensor_rank == 0:
+            if layout.tensor_rank == layout.data_rank == 0:
                 dist.send_object_list([None], dst=0)
         elif layout.is_writer:
             while True:
@@ -159,44 +232,124 @@ def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layo
 def save_hf(
     tensors: Iterable[tuple[str, Tensor]],
     *,
+    specs: Mapping[str, TensorSpec],
     out: Path,
     config_from: Path,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
     finish: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a HuggingFace folder: safetensors shards and index, and config and tokenizer files from another folder.
 
-    Atomic: a killed write leaves no folder at `out`. `finish` may add files before the folder gets its name.
+    One tensor at a time is in memory. Atomic: a killed write leaves no folder at `out`.
+
+    Args:
+        tensors: exactly those of `specs`, in any order; rounded to the type named there.
+        shard_bytes: how large a file may be, unless one tensor is larger.
+        finish: may add files before the folder gets its name.
     """
+
+    def write(partial: Path) -> None:
+        _write_hf(partial, tensors, specs, config_from, shard_bytes)
+        finish(partial)
+
+    publish(write, out)
+
+
+def _write_hf(
+    partial: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, TensorSpec],
+    config_from: Path,
+    shard_bytes: int,
+) -> None:
+    copy_hf_settings(config_from, partial, dtype=next(iter(specs.values())).dtype)
+    shards = _plan_shards(specs, shard_bytes)
+    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE_NAME]
+    place: dict[str, tuple[Path, int]] = {}  # tensor -> its file and byte in it
+    for name, shard in zip(names, shards, strict=True):
+        offsets = _start_safetensors(partial / name, shard)
+        place.update({tensor: (partial / name, offset) for tensor, offset in offsets.items()})
+    if len(shards) > 1:
+        weight_map = {tensor: path.name for tensor, (path, _) in place.items()}
+        index = {"metadata": {"total_size": sum(s.nbytes for s in specs.values())}, "weight_map": weight_map}
+        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
+    for tensor_name, tensor in tensors:
+        path, offset = place.pop(tensor_name)
+        assert tuple(tensor.shape) == specs[tensor_name].size, tensor_name
+        tensor = tensor.detach().to("cpu", specs[tensor_name].dtype).contiguous()
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    assert not place, f"{len(place)} tensors were never given, first: {next(iter(place))}"
+
+
+def copy_hf_settings(source: Path, out: Path, *, dtype: torch.dtype) -> None:
+    """Config, with the type of the weights beside it, generation config, tokenizer and chat template."""
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.name != INDEX_NAME:
+                shutil.copy2(file, out / file.name)
+    config = json.loads((out / CONFIG_NAME).read_text())
+    name = str(dtype).removeprefix("torch.")
+    stale = [key for key in ("dtype", "torch_dtype") if config.get(key, name) != name]
+    if stale:
+        config.update(dict.fromkeys(stale, name))
+        (out / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises ValueError if the disk of a folder that is to be made has fewer bytes free than it needs."""
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free, {out.name} needs {needed / 1e9:.1f} GB")
+
+
+def publish(write: Callable[[Path], None], out: Path) -> None:
+    """Have a folder written under another name, and give it its own once its bytes are on the disk."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for pattern in COPIED:
-        for source in config_from.glob(pattern):
-            if source.name != INDEX_NAME:
-                shutil.copy2(source, partial / source.name)
-    shard: dict[str, Tensor] = {}
-    num_shards, size, total = 1, 0, 0
-    weight_map: dict[str, int] = {}
-    for name, tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous().clone()
-        if shard and size + tensor.nbytes > shard_bytes:
-            save_file(shard, partial / f"shard-{num_shards}.safetensors", metadata={"format": "pt"})
-            shard, size = {}, 0
-            num_shards += 1
-        shard[name] = tensor
-        weight_map[name] = num_shards
-        size += tensor.nbytes
-        total += tensor.nbytes
-    if num_shards == 1:
-        save_file(shard, partial / SINGLE_NAME, metadata={"format": "pt"})
-    else:
-        save_file(shard, partial / f"shard-{num_shards}.safetensors", metadata={"format": "pt"})
-        final = {k: f"model-{k:05d}-of-{num_shards:05d}.safetensors" for k in range(1, num_shards + 1)}
-        for k, file in final.items():
-            (partial / f"shard-{k}.safetensors").rename(partial / file)
-        index = {"metadata": {"total_size": total}, "weight_map": {n: final[k] for n, k in weight_map.items()}}
-        (partial / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
-    finish(partial)
+    try:
+        write(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
+
+
+def _plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    shards: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = spec
+        size += spec.nbytes
+    return shards
+
+
+def _start_safetensors(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Write a file's header and reserve its data; returns at which byte each tensor belongs.
+
+    The safetensors library writes a file only from tensors that are all in memory.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        offsets = [end, end + spec.nbytes]
+        header[name] = {"dtype": names[spec.dtype], "shape": list(spec.size), "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}

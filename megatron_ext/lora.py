@@ -8,9 +8,10 @@ Shapes: r rank, n projections in a fused linear, S tokens (S/tp under sequence p
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_ext.hf_mapping import ModelShape, interleave_qkv
@@ -48,6 +50,9 @@ TARGETS = {
     "linear_fc2": ("down_proj",),
 }
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
+# Where a checkpoint has their adapters, whole and stacked over layers: a.K is [layers, r, in] and b.K [layers, out, r]
+# of the K-th projection.
+STORED = {target: f"decoder.layers.{'mlp' if 'fc' in target else 'self_attention'}.{target}.lora" for target in TARGETS}
 
 
 class Adapter(torch.nn.Module):
@@ -128,7 +133,7 @@ class Adapter(torch.nn.Module):
 
 
 def attach_adapters(model: HiddenStateModel, shape: ModelShape, settings: LoraSettings, layout: Layout) -> None:
-    """Freeze the model and give all seven projections of every layer an adapter.
+    """Freeze the model and give the projections of every layer an adapter: all seven, or attention's beside experts.
 
     A linear keeps its name and weight; its adapter becomes the submodule `.lora` and adds to its output.
     """
@@ -140,6 +145,7 @@ def attach_adapters(model: HiddenStateModel, shape: ModelShape, settings: LoraSe
         for target, linear in _linears(layer):
             linear.lora = Adapter(linear, target, layer.layer_number - 1, shape, settings, layout)
             linear.register_forward_hook(_add_adapter_output)
+            linear.sharded_state_dict = functools.partial(_sharded_with_adapter, linear, linear.sharded_state_dict)
 
 
 def _linears(layer: Any) -> Iterator[tuple[str, Any]]:
@@ -152,6 +158,24 @@ def _linears(layer: Any) -> Iterator[tuple[str, Any]]:
 def _add_adapter_output(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     out, bias = output
     return (out + linear.lora(inputs[0]), bias) if linear.lora.is_enabled else output
+
+
+def _sharded_with_adapter(
+    linear: Any, of_linear: Callable[..., dict[str, Any]], prefix: str = "", offsets: Any = (), metadata: Any = None
+) -> dict[str, Any]:
+    """Megatron's description of a linear for checkpoints, in which it takes an adapter's tensors for replicated."""
+    state = of_linear(prefix, offsets, metadata)
+    adapter = linear.lora
+    sharded_a, sharded_b = (1, None) if adapter.is_row_parallel else (None, 0)
+    for kind, parameters, dim in (("a", adapter.a, sharded_a), ("b", adapter.b, sharded_b)):
+        for k, parameter in enumerate(parameters):
+            name = f"{prefix}lora.{kind}.{k}"
+            options: dict[str, Any] = {"key": name, "prepend_offsets": offsets}
+            if dim is None:
+                state[name] = make_sharded_tensor_for_checkpoint(parameter, **options)
+            else:
+                state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, tp_axis=dim, **options)
+    return state
 
 
 def adapters(model: torch.nn.Module) -> list[Adapter]:
@@ -174,15 +198,21 @@ def adapters_disabled(model: torch.nn.Module) -> Iterator[None]:
 
 def adapter_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor, int | None]]:
     """(PEFT name, this rank's tensor, dimension to gather over tensor-parallel ranks or None) of one adapter."""
-    parent = "self_attn" if adapter.target in ("linear_qkv", "linear_proj") else "mlp"
-    for name, a, b in zip(TARGETS[adapter.target], adapter.a, adapter.b, strict=True):
-        prefix = f"base_model.model.model.layers.{adapter.layer}.{parent}.{name}"
+    for name, a, b in zip(hf_modules(adapter.target, adapter.layer), adapter.a, adapter.b, strict=True):
+        prefix = f"base_model.model.{name}"
         yield f"{prefix}.lora_A.weight", a.detach(), 1 if adapter.is_row_parallel else None
         yield f"{prefix}.lora_B.weight", b.detach(), None if adapter.is_row_parallel else 0
 
 
-def peft_config(settings: LoraSettings) -> dict[str, Any]:
+def hf_modules(target: str, layer: int) -> list[str]:
+    """HuggingFace's names of the linears that are fused in one of Megatron's."""
+    parent = "self_attn" if target in ("linear_qkv", "linear_proj") else "mlp"
+    return [f"model.layers.{layer}.{parent}.{name}" for name in TARGETS[target]]
+
+
+def peft_config(settings: LoraSettings, shape: ModelShape) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of these adapters."""
+    targets = [target for target in TARGETS if not shape.num_experts or "fc" not in target]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -190,5 +220,5 @@ def peft_config(settings: LoraSettings) -> dict[str, Any]:
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(name for names in TARGETS.values() for name in names),
+        "target_modules": sorted(name for target in targets for name in TARGETS[target]),
     }

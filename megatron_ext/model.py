@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -56,6 +58,16 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
                 f"the model has {number} {what}, which {axis}-parallel size {size} does not divide; "
                 f"set parallel.{axis} to a divisor of {number}"
             )
+    if shape.num_experts % layout.expert or (layout.expert > 1 and not shape.num_experts):
+        raise ValueError(
+            f"the model has {shape.num_experts or 'no'} experts, which expert-parallel size {layout.expert} does not "
+            f"divide; set parallel.expert to {'a divisor of their number' if shape.num_experts else 1}"
+        )
+    if shape.num_experts and layout.tensor > 1 and not layout.sequence:
+        raise ValueError(
+            "experts and tensor parallelism need sequence parallelism, or Megatron does not train; "
+            "set parallel.sequence=true"
+        )
     if settings.recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {sorted(RECOMPUTE)}, got {settings.recompute!r}")
     return TransformerConfig(
@@ -97,7 +109,24 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **RECOMPUTE[settings.recompute],
+        **_experts(shape, layout),
     )
+
+
+def _experts(shape: ModelShape, layout: Layout) -> dict[str, Any]:
+    """Nothing balances the experts' load: the losses of the paper are the only ones, as when the model is used."""
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn_size,
+        "moe_router_pre_softmax": not shape.normalizes_experts,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_transformer_engine(),
+        "expert_model_parallel_size": layout.expert,
+    }
 
 
 def _finalize_without_rescaling(model: list[torch.nn.Module], num_tokens: Any = None, **options: Any) -> None:
@@ -110,7 +139,7 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 
     The norms stay apart from the linears in both, so that parameter names, LoRA inputs and checkpoints are the same.
     """
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     layer = spec.submodules
     attention = layer.self_attention.submodules
     norm: Any
@@ -121,13 +150,23 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
             TENorm,
             TERowParallelLinear,
         )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         norm, attention.core_attention = TENorm, TEDotProductAttention
         attention.linear_qkv, attention.linear_proj = TEColumnParallelLinear, TERowParallelLinear
-        layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
-        layer.mlp.submodules.linear_fc2 = TERowParallelLinear
+        if config.num_moe_experts:
+            module, submodules = TESpecProvider().grouped_mlp_modules(True, False)
+            layer.mlp.submodules.experts = ModuleSpec(module, submodules=submodules)
+        else:
+            layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+            layer.mlp.submodules.linear_fc2 = TERowParallelLinear
     else:
         norm, attention.core_attention = RMSNorm, PackedSelfAttention
+    if config.num_moe_experts:
+        # Megatron's router asks whether this is None, and forgets to define it where Transformer Engine is absent.
+        moe_utils.__dict__.setdefault("te_general_gemm", None)
+        # Megatron's local layers store this norm as a part of a dense MLP, Transformer Engine's and our table do not.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.input_layernorm = layer.pre_mlp_layernorm = norm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm

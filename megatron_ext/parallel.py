@@ -1,4 +1,4 @@
-"""Process groups for tensor x pipeline x data parallelism, over NCCL on GPUs and gloo on CPUs."""
+"""Process groups for tensor x pipeline x data and expert parallelism, over NCCL on GPUs and gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from megatron_ext.cpu import enable_cpu_mode
 
 @dataclass(frozen=True)
 class Layout:
-    """This process's place. Sizes multiply to the world size; `sequence` shards activations over tensor ranks."""
+    """This process's place. tensor x pipeline x data is the world size; `sequence` shards activations over tensor.
+
+    `expert` neighbouring data ranks hold the experts of every layer between them, cut over tensor ranks as all is.
+    """
 
     tensor: int
     pipeline: int
@@ -26,6 +29,7 @@ class Layout:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    expert: int = 1
 
     @property
     def is_last_stage(self) -> bool:
@@ -37,20 +41,29 @@ class Layout:
         return self.rank == 0
 
 
-def init_parallel(*, tensor: int, pipeline: int, sequence: bool, device: str, timeout_s: float = 7200.0) -> Layout:
+def init_parallel(
+    *, tensor: int, pipeline: int, sequence: bool, device: str, expert: int = 1, timeout_s: float = 7200.0
+) -> Layout:
     """Join the process groups. Collective: call once on every rank; under torchrun or as a single process.
 
     Args:
         device: "cpu" or "cuda".
         timeout_s: how long a collective may wait; ranks idle while rank 0 drives rollouts, so it is long.
     Raises:
-        ValueError: the world size is no multiple of tensor x pipeline, or sequence is asked without tensor.
+        ValueError: the world size is no multiple of tensor x pipeline, expert does not divide what is left of it, or
+            sequence is asked without tensor.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size % (tensor * pipeline):
         raise ValueError(
             f"{world_size} processes cannot hold tensor-parallel {tensor} x pipeline-parallel {pipeline}; "
             f"start a multiple of {tensor * pipeline} processes (torchrun --nproc-per-node) or lower the sizes"
+        )
+    data = world_size // (tensor * pipeline)
+    if data % expert:
+        raise ValueError(
+            f"{world_size} processes hold {data} replicas of tensor-parallel {tensor} x pipeline-parallel {pipeline}, "
+            f"over which experts cannot be spread {expert}-fold; set parallel.expert to a divisor of {data}"
         )
     if sequence and tensor == 1:
         raise ValueError("sequence parallelism needs tensor parallelism of at least 2; set parallel.sequence=false")
@@ -70,6 +83,7 @@ def init_parallel(*, tensor: int, pipeline: int, sequence: bool, device: str, ti
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
+        expert_model_parallel_size=expert,
         create_gloo_process_groups=True,  # the sharded optimizer gathers its state on the host
         distributed_timeout_minutes=int(timeout_s / 60),
     )
@@ -78,13 +92,14 @@ def init_parallel(*, tensor: int, pipeline: int, sequence: bool, device: str, ti
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
-        data=world_size // (tensor * pipeline),
+        data=data,
         sequence=sequence,
         device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
         rank=dist.get_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert=expert,
     )
 
 
@@ -99,6 +114,11 @@ def close_parallel() -> None:
 def data_parallel_group() -> dist.ProcessGroup:
     """Ranks that hold the same shard of the model."""
     return parallel_state.get_data_parallel_group()
+
+
+def expert_group() -> dist.ProcessGroup:
+    """Ranks that hold the experts of one layer between them, in the order of the experts."""
+    return parallel_state.get_expert_model_parallel_group()
 
 
 def pipeline_group() -> dist.ProcessGroup:

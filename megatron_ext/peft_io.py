@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ext.hf_io import HFReader
+from megatron_ext.lora import STORED, hf_modules
+from megatron_ext.torch_dist import TorchDistReader
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 BASE_NAME, MERGED_NAME = "base.json", "merged_lora.json"
@@ -34,6 +37,12 @@ UNSUPPORTED = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
 }
+
+NARROWING = (
+    "layers_to_transform",
+    "exclude_modules",
+    "target_parameters",
+)  # to fewer modules than target_modules names
 
 
 def fingerprint(folder: Path) -> str:
@@ -74,7 +83,43 @@ class PeftAdapter:
     low_rank: dict[str, tuple[Tensor, Tensor]]  # HuggingFace weight name -> A [r, in], B [out, r]
     scale: float
     base_fingerprint: str | None  # None: the adapter does not say, as PEFT's own do not
-    checksum: str  # of the adapter's weights
+    targets: Sequence[str] | str = ()  # modules that it says it changes: endings of names, or an expression for names
+
+    @property
+    def checksum(self) -> str:
+        """The same from every format."""
+        digest = hashlib.sha256(f"{self.scale}\n".encode())
+        for name, pair in sorted(self.low_rank.items()):
+            digest.update(name.encode())
+            for tensor in pair:
+                digest.update(tensor.float().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def read_adapter(folder: Path) -> PeftAdapter:
+    """From PEFT's format, or from the shards of a Megatron checkpoint of training here. Raises ValueError."""
+    if (folder / CONFIG_NAME).is_file():
+        return read_peft_folder(folder)
+    try:
+        return read_megatron_adapter(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder} has no {CONFIG_NAME}, so it is no PEFT adapter; and {error}") from error
+
+
+def read_megatron_adapter(folder: Path) -> PeftAdapter:
+    """The adapter in a checkpoint of any layout. Raises ValueError if there is none."""
+    reader = TorchDistReader(folder)
+    settings = reader.common().get("state", {}).get("lora")
+    stored = {target: key for target, key in STORED.items() if f"{key}.a.0" in reader.names()}
+    if settings is None or not stored:
+        raise ValueError(f"{reader.folder} is a checkpoint of whole weights without an adapter")
+    low_rank = {}
+    for target, key in stored.items():
+        for layer in range(reader.size(f"{key}.a.0")[0]):
+            for k, module in enumerate(hf_modules(target, layer)):
+                a, b = (reader.tensor(f"{key}.{kind}.{k}", (layer,)) for kind in "ab")
+                low_rank[f"{module}.weight"] = (a, b)
+    return PeftAdapter(low_rank, settings["alpha"] / settings["rank"], settings["base_fingerprint"])
 
 
 def read_peft_folder(folder: Path) -> PeftAdapter:
@@ -110,7 +155,8 @@ def read_peft_folder(folder: Path) -> PeftAdapter:
         low_rank=low_rank,
         scale=alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank,
         base_fingerprint=json.loads(base.read_text())["fingerprint"] if base.is_file() else None,
-        checksum=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        # With a choice of layers, or exceptions, that a module has no update says nothing.
+        targets=() if any(config.get(name) for name in NARROWING) else config.get("target_modules") or (),
     )
 
 
@@ -130,12 +176,30 @@ def check_base(adapter: PeftAdapter, base: Path) -> str:
     unknown = sorted(set(adapter.low_rank) - reader.names())
     if unknown:
         raise ValueError(f"the adapter changes {len(unknown)} weights that {base} does not have, first: {unknown[0]}")
+    unmerged = sorted(_targeted(adapter.targets, reader.names()) - set(adapter.low_rank))
+    if unmerged:
+        raise ValueError(
+            f"the adapter says it changes {len(unmerged)} weights for which it has no update, first: {unmerged[0]}; "
+            "its file is not whole, or its target_modules are not those it was trained with"
+        )
     for name, (a, b) in adapter.low_rank.items():
-        if (b.shape[0], a.shape[1]) != reader.shape(name) or a.shape[0] != b.shape[1]:
+        if (b.shape[0], a.shape[1]) != reader.spec(name).size or a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"the adapter's update of {name} is {b.shape[0]} x {a.shape[1]}, the weight {reader.shape(name)}"
+                f"the adapter's update of {name} is {b.shape[0]} x {a.shape[1]}, the weight {reader.spec(name).size}"
             )
     return found
+
+
+def _targeted(targets: Sequence[str] | str, names: set[str]) -> set[str]:
+    """The matrices that PEFT's target_modules choose: names or their endings, an expression, or all but the head."""
+    modules = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
+    if targets == "all-linear":
+        chosen = modules
+    elif isinstance(targets, str):
+        chosen = {module for module in modules if re.fullmatch(targets, module)}
+    else:
+        chosen = {module for module in modules if any(f".{module}".endswith(f".{target}") for target in targets)}
+    return {f"{module}.weight" for module in chosen}
 
 
 def merged_tensors(adapter: PeftAdapter, base: Path) -> Iterator[tuple[str, Tensor]]:

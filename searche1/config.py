@@ -59,6 +59,7 @@ class ParallelConfig:
     tensor: int = 1  # tensor-parallel ranks; must divide heads and key-value heads
     pipeline: int = 1  # pipeline stages; must divide the number of layers
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    expert: int = 1  # data-parallel ranks that share the experts of a mixture-of-experts model between them
 
 
 @dataclass(frozen=True)

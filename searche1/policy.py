@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
-from megatron_ext.hf_io import gather_shards, hf_tensors, load_hf_weights, save_hf, walk_stages
-from megatron_ext.hf_mapping import ModelShape, model_shape
+from megatron_ext.hf_io import TensorSpec, gather_shards, hf_tensors, load_hf_weights, save_hf, walk_stages
+from megatron_ext.hf_mapping import ModelShape, hf_sizes, model_shape
 from megatron_ext.lora import (
     Adapter,
     LoraSettings,
@@ -30,7 +31,7 @@ from megatron_ext.lora import (
 from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
 from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
-from megatron_ext.peft_io import write_peft_folder
+from megatron_ext.peft_io import fingerprint, write_peft_folder
 from megatron_ext.training import run_schedule, wrap_data_parallel
 from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
 from searche1.config import TrainConfig
@@ -292,7 +293,8 @@ class Policy:
     def save_hf(self, folder: Path) -> None:
         """A HuggingFace folder with merged weights and this model's config and tokenizer. Collective."""
         if self.layout.is_writer:
-            save_hf(self.hf_weights(), out=folder, config_from=self.model_path)
+            specs = {name: TensorSpec(size, self.dtype) for name, size in hf_sizes(self.shape).items()}
+            save_hf(self.hf_weights(), specs=specs, out=folder, config_from=self.model_path)
         else:
             for _ in self.hf_weights():
                 pass
@@ -308,7 +310,7 @@ class Policy:
 
         tensors = dict(walk_stages(export, self.layout))
         if self.layout.is_writer:
-            write_peft_folder(folder, tensors, peft_config(self._lora), base=self.model_path)
+            write_peft_folder(folder, tensors, peft_config(self._lora, self.shape), base=self.model_path)
         dist.barrier()
 
     def _peft_tensors(self, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
@@ -318,7 +320,15 @@ class Policy:
     def save_checkpoint(self, folder: Path, *, step: int) -> None:
         """Megatron dist_checkpoint of weights and optimizer, readable in any layout. Collective."""
         assert self._ddp is not None
-        save_checkpoint(self._ddp, self._optimizer, folder, state={"step": step, "version": self.version})
+        state: dict[str, Any] = {"step": step, "version": self.version}
+        if self._lora is not None:
+            lora = {
+                "rank": self._lora.rank,
+                "alpha": self._lora.alpha,
+                "base_fingerprint": fingerprint(self.model_path),
+            }
+            state["lora"] = lora  # what tools/merge_lora.py asks for
+        save_checkpoint(self._ddp, self._optimizer, folder, state=state)
 
     def load_checkpoint(self, folder: Path) -> int:
         """Returns the step that was saved. Collective."""

@@ -53,6 +53,7 @@ HARMLESS_KEYS = frozenset(
         "engine.cuda_graph",
         "parallel.tensor",  # checkpoints are read in any layout
         "parallel.pipeline",
+        "parallel.expert",
         "parallel.sequence",
         "train.max_tokens",  # row weights make the loss the same however a batch is packed
         "train.recompute",

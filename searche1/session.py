@@ -108,6 +108,7 @@ class Session:
                 tensor=parallel.tensor,
                 pipeline=parallel.pipeline,
                 sequence=parallel.sequence,
+                expert=parallel.expert,
                 device=device,
                 timeout_s=config.train.timeout_s,
             )

@@ -18,6 +18,13 @@ FAMILIES = {
             "original_max_position_embeddings": 8192,
         }
     },
+    "qwen3_moe": {
+        "head_dim": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
     "mistral": {"sliding_window": None, "head_dim": 8},
 }
 

@@ -1,30 +1,33 @@
-"""Merges a LoRA adapter in PEFT's format into the HuggingFace folder it was trained on.
+"""Merges a LoRA adapter, in PEFT's format or in Megatron's shards, into the HuggingFace folder it was trained on.
 
     python tools/merge_lora.py --base runs/NAME/cycle0/grpo/hf --adapter runs/NAME/cycle0/opsd/adapter --out merged
 
 A tensor at a time, in float32, rounded once to the base's type. Refused: an adapter of other weights, one that is in
-the base already, and kinds of adapters whose merge is more than W + scale * B A. `--verify` loads base and adapter with
-peft and compares its logits with the merged folder's.
+the base already or lacks updates that it says it has, and kinds of adapters whose merge is more than W + scale * B A.
+`--verify` loads base and adapter with peft and compares its logits with the merged folder's.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megatron_ext.hf_io import HFReader, save_hf
+from megatron_ext.hf_io import HFReader, check_space, save_hf
 from megatron_ext.peft_io import (
+    CONFIG_NAME,
+    PREFIX,
     PeftAdapter,
     check_base,
     merged_tensors,
-    read_peft_folder,
+    read_adapter,
     record_merge,
+    write_peft_folder,
 )
 
 VERIFIED_TOKENS = 64
@@ -33,7 +36,9 @@ VERIFIED_TOKENS = 64
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="HuggingFace folder the adapter was trained on")
-    parser.add_argument("--adapter", type=Path, required=True, help="PEFT folder: adapter_config.json and safetensors")
+    parser.add_argument(
+        "--adapter", type=Path, required=True, help="PEFT folder, or Megatron checkpoint of its training"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--verify", action="store_true", help="compare logits with peft's; loads the model twice")
     arguments = parser.parse_args()
@@ -50,22 +55,33 @@ def main() -> int:
 def merge(base: Path, adapter_folder: Path, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is already there; remove it, or give another --out")
-    adapter = read_peft_folder(adapter_folder)
+    adapter = read_adapter(adapter_folder)
     print(f"reading {base}: is it what the adapter was trained on?", flush=True)
     base_fingerprint = check_base(adapter, base)
     if adapter.base_fingerprint is None:
         print("  the adapter does not name its weights (PEFT's own do not): only names and shapes were compared")
-    needed = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out.parent).free) < needed:
-        raise ValueError(f"{out.parent} has {free / 1e9:.1f} GB free, the merged model needs {needed / 1e9:.1f} GB")
+    reader = HFReader(base)
+    specs = {name: reader.spec(name) for name in reader.in_file_order()}
+    check_space(out, sum(spec.nbytes for spec in specs.values()))
     save_hf(
-        with_progress(merged_tensors(adapter, base), total=len(HFReader(base).names())),
+        with_progress(merged_tensors(adapter, base), total=len(specs)),
+        specs=specs,
         out=out,
         config_from=base,
         finish=lambda partial: record_merge(adapter, base, partial, base_fingerprint=base_fingerprint),
     )
     print(f"wrote {out}: {len(adapter.low_rank)} weights changed, scale {adapter.scale:g}")
+
+
+def to_peft_folder(adapter: PeftAdapter, folder: Path, base: Path) -> None:
+    tensors = {}
+    for name, pair in adapter.low_rank.items():
+        module = PREFIX + name.removesuffix(".weight")
+        tensors.update({f"{module}.lora_{kind}.weight": tensor for kind, tensor in zip("AB", pair, strict=True)})
+    rank = next(iter(tensors.values())).shape[0]
+    targets = sorted({name.split(".")[-2] for name in adapter.low_rank})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": adapter.scale * rank, "target_modules": targets}
+    write_peft_folder(folder, tensors, config, base=base)
 
 
 def with_progress(tensors: Iterator[tuple[str, Tensor]], *, total: int) -> Iterator[tuple[str, Tensor]]:
@@ -82,13 +98,17 @@ def verify(base: Path, adapter_folder: Path, merged: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    adapter: PeftAdapter = read_peft_folder(adapter_folder)
+    adapter: PeftAdapter = read_adapter(adapter_folder)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, VERIFIED_TOKENS), generator=generator)
     with torch.no_grad():
         before = model(ids).logits
-        expected = PeftModel.from_pretrained(model, adapter_folder).eval()(ids).logits
+        with tempfile.TemporaryDirectory() as converted:
+            if not (adapter_folder / CONFIG_NAME).is_file():
+                adapter_folder = Path(converted) / "adapter"
+                to_peft_folder(adapter, adapter_folder, base)
+            expected = PeftModel.from_pretrained(model, adapter_folder).eval()(ids).logits
         found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
     change, gap = float((expected - before).abs().mean()), float((expected - found).abs().mean())
     # Rounding of merged bfloat16 weights is part of the merge; it must be small beside what the adapter does.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_ext.hf_mapping import from_shards, model_rules, model_shape, to_shard
+from megatron_ext.hf_mapping import from_shards, hf_sizes, model_rules, model_shape, to_shard
 from megatron_ext.model import ModelSettings, transformer_config
 from megatron_ext.parallel import Layout
 
@@ -33,6 +33,7 @@ def sizes(hidden, layers, heads, kv_heads, ffn, vocab, *, tied=False, **others):
     }
 
 
+A3B = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
 # From the config.json of the released checkpoints: family, sizes, billions of parameters.
 MODELS = {
     "Qwen2.5-3B": ("qwen2", sizes(2048, 36, 16, 2, 11008, 151936, tied=True), 3.09),
@@ -41,6 +42,7 @@ MODELS = {
     "Qwen2.5-32B": ("qwen2", sizes(5120, 64, 40, 8, 27648, 152064), 32.76),
     "Qwen2.5-72B": ("qwen2", sizes(8192, 80, 64, 8, 29568, 152064), 72.71),
     "Qwen3-8B": ("qwen3", sizes(4096, 36, 32, 8, 12288, 151936, head_dim=128), 8.19),
+    "Qwen3-30B-A3B": ("qwen3_moe", sizes(2048, 48, 32, 4, 6144, 151936, head_dim=128, **A3B), 30.53),
     "Llama-3.3-70B": ("llama", sizes(8192, 80, 64, 8, 28672, 128256, rope_parameters=LLAMA3), 70.55),
     "Mistral-7B-v0.3": ("mistral", sizes(4096, 32, 32, 8, 14336, 32768, sliding_window=None), 7.25),
 }
@@ -54,15 +56,32 @@ def model(request):
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(built).__name__]
-    parameters = dict(built.named_parameters())  # a tied head is listed once
+    parameters = as_saved(built.named_parameters())  # a tied head is listed once
     assert sum(p.numel() for p in parameters.values()) / 1e9 == pytest.approx(billions, abs=0.01)
     return config, parameters
 
 
-def layout(tensor, pipeline):
+def as_saved(parameters):
+    """transformers holds a layer's experts in two tensors, and saves each expert's projections apart."""
+    saved = {}
+    for name, tensor in parameters:
+        experts, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for e in range(len(tensor)):
+                gate, up = tensor[e].chunk(2)
+                saved[f"{experts}.experts.{e}.gate_proj.weight"] = gate
+                saved[f"{experts}.experts.{e}.up_proj.weight"] = up
+        elif kind == "down_proj":
+            saved.update({f"{experts}.experts.{e}.down_proj.weight": tensor[e] for e in range(len(tensor))})
+        else:
+            saved[name] = tensor
+    return saved
+
+
+def layout(tensor, pipeline, expert=1):
     return Layout(
-        tensor=tensor, pipeline=pipeline, data=1, sequence=False, device=torch.device("cpu"),
-        rank=0, tensor_rank=0, pipeline_rank=0, data_rank=0,
+        tensor=tensor, pipeline=pipeline, data=expert, sequence=tensor > 1, device=torch.device("cpu"),
+        rank=0, tensor_rank=0, pipeline_rank=0, data_rank=0, expert=expert,
     )  # fmt: skip
 
 
@@ -70,7 +89,7 @@ def test_the_rules_cover_every_parameter_once(model):
     config, parameters = model
     names = [name for rule in model_rules(model_shape(config)) for name in rule.hf]
     assert len(names) == len(set(names))
-    assert set(names) == set(parameters)
+    assert hf_sizes(model_shape(config)) == {name: tuple(tensor.shape) for name, tensor in parameters.items()}
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
@@ -98,3 +117,13 @@ def test_a_layout_is_either_legal_or_says_which_setting_to_change(model, tensor,
         return
     with pytest.raises(ValueError, match=r"does not divide; set parallel\.(tensor|pipeline) to a divisor of \d+"):
         transformer_config(shape, settings, layout(tensor, pipeline))
+
+
+@pytest.mark.parametrize("expert", [1, 2, 3, 8, 128])
+def test_experts_are_spread_over_a_divisor_of_their_number(model, expert):
+    shape, settings = model_shape(model[0]), ModelSettings(torch.bfloat16, "none")
+    if expert == 1 or (shape.num_experts and shape.num_experts % expert == 0):
+        assert transformer_config(shape, settings, layout(1, 1, expert)).num_layers == shape.num_layers
+        return
+    with pytest.raises(ValueError, match=r"expert-parallel size \d+ does not divide; set parallel\.expert to"):
+        transformer_config(shape, settings, layout(1, 1, expert))

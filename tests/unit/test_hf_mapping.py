@@ -7,15 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from megatron_ext.hf_io import HFReader, load_hf_weights, save_hf
+from megatron_ext.hf_io import HFReader, TensorSpec, load_hf_weights, save_hf
 from megatron_ext.hf_mapping import (
     EMBEDDING,
     HEAD,
     ModelShape,
     from_shards,
+    hf_size,
     interleave_qkv,
     model_rules,
     model_shape,
@@ -42,7 +44,18 @@ SHAPE = ModelShape(
     has_qk_norm=True,
     tied_embeddings=False,
 )
+EXPERTS = replace(SHAPE, num_experts=3, experts_per_token=2, expert_ffn_size=12)
 SIZES = {
+    "experts.0.gate_proj.weight": (12, 24),
+    "experts.1.gate_proj.weight": (12, 24),
+    "experts.2.gate_proj.weight": (12, 24),
+    "experts.0.up_proj.weight": (12, 24),
+    "experts.1.up_proj.weight": (12, 24),
+    "experts.2.up_proj.weight": (12, 24),
+    "experts.0.down_proj.weight": (24, 12),
+    "experts.1.down_proj.weight": (24, 12),
+    "experts.2.down_proj.weight": (24, 12),
+    "mlp.gate.weight": (3, 24),
     "embed_tokens.weight": (200, 24),
     "lm_head.weight": (200, 24),
     "q_proj.weight": (48, 24),
@@ -72,8 +85,12 @@ def hf_tensor(name):
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("rule", list(model_rules(SHAPE)), ids=lambda rule: rule.megatron)
-def test_every_rule_round_trips_to_the_same_bits(rule, tensor):
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [pytest.param(shape, rule, id=rule.megatron) for shape in (SHAPE, EXPERTS) for rule in model_rules(shape)],
+)
+def test_every_rule_round_trips_to_the_same_bits(shape, rule, tensor):
+    assert [hf_size(name, shape) for name in rule.hf] == [tuple(hf_tensor(name).shape) for name in rule.hf]
     parts = [hf_tensor(name) for name in rule.hf]
     shards = [to_shard(rule, parts, SHAPE, rank, tensor) for rank in range(tensor)]
     assert len({shard.shape for shard in shards}) == 1
@@ -90,6 +107,8 @@ def test_the_rules_name_every_tensor_of_the_family_once():
     assert sorted([*tied, "lm_head.weight"]) == sorted(names)
     unbiased = [name for rule in model_rules(replace(SHAPE, has_qkv_bias=False)) for name in rule.hf]
     assert unbiased == [name for name in names if not name.endswith("bias")]
+    experts = [name for rule in model_rules(EXPERTS) for name in rule.hf]
+    assert len(experts) == len(set(experts)) == 3 + (14 - 3 + 1 + 3 * 3) * SHAPE.num_layers
     without_norms = [name for rule in model_rules(replace(SHAPE, has_qk_norm=False)) for name in rule.hf]
     assert without_norms == [name for name in names if "q_norm" not in name and "k_norm" not in name]
 
@@ -224,13 +243,13 @@ def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(load):
     ],
 )
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(load, name, size):
-    with pytest.raises(ValueError, match=r"gives \(.*needs \(.*config\.json do not belong together"):
+    with pytest.raises(ValueError, match=r"is \(.* where config\.json says .*config\.json do not belong together"):
         load(lambda tensors: tensors.update({name: torch.zeros(size)}))
 
 
 @pytest.mark.parametrize("rows", [190, 210])
 def test_an_embedding_that_padding_would_make_fit_is_refused(load, rows):
-    with pytest.raises(ValueError, match=rf"embed_tokens\.weight.* has {rows} rows .* a vocabulary of 200"):
+    with pytest.raises(ValueError, match=rf"embed_tokens\.weight.* is \({rows}, 64\) .* a vocabulary of 200"):
         load(lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(rows, 64)}))
 
 
@@ -239,23 +258,72 @@ def test_a_folder_without_safetensors_is_told_what_is_needed(tmp_path):
         HFReader(tmp_path)
 
 
+def specs_of(tensors):
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 def test_a_folder_written_in_several_shards_reads_back_the_same(tiny_qwen2, tmp_path):
     tensors = load_file(tiny_qwen2 / "model.safetensors")
     largest = max(tensor.nbytes for tensor in tensors.values())
-    save_hf(tensors.items(), out=tmp_path / "out", config_from=tiny_qwen2, shard_bytes=2 * largest)
-    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    backwards = reversed(tensors.items())  # pipeline stages and experts may give them in any order
+    options = {"specs": specs_of(tensors), "config_from": tiny_qwen2, "shard_bytes": 2 * largest}
+    save_hf(backwards, out=tmp_path / "out", **options)
+    files = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
     assert not (tmp_path / "out" / "model.safetensors").exists()
     reader = HFReader(tmp_path / "out")
     assert reader.names() == set(tensors)
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
     assert (tmp_path / "out" / "config.json").read_text() == (tiny_qwen2 / "config.json").read_text()
+    for file in files:  # as the library would have written it
+        assert load_file(file).keys() <= tensors.keys()
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_are_rounded_to_the_type_asked_for_and_the_config_says_so(tiny_qwen2, tmp_path, dtype):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+    specs = {name: TensorSpec(spec.size, dtype) for name, spec in specs_of(tensors).items()}
+    save_hf(tensors.items(), specs=specs, out=tmp_path / "out", config_from=tiny_qwen2)
+    assert all(torch.equal(t, tensors[n].to(dtype)) for n, t in load_file(tmp_path / "out/model.safetensors").items())
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == dtype
 
 
 def test_a_write_that_dies_leaves_no_folder(tiny_qwen2, tmp_path):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+
     def dying():
-        yield "model.norm.weight", torch.ones(4)
+        yield next(iter(tensors.items()))
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        save_hf(dying(), out=tmp_path / "out", config_from=tiny_qwen2)
-    assert not (tmp_path / "out").exists()
+        save_hf(dying(), specs=specs_of(tensors), out=tmp_path / "out", config_from=tiny_qwen2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_an_index_names_and_is_not_there_is_told(tiny_qwen2, tmp_path):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+    out = tmp_path / "out"
+    save_hf(tensors.items(), specs=specs_of(tensors), out=out, config_from=tiny_qwen2, shard_bytes=100_000)
+    victim = sorted(out.glob("model-*.safetensors"))[1]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=rf"{victim.name} cannot be read .*download the folder again"):
+        HFReader(out)
+    victim.unlink()
+    with pytest.raises(ValueError, match=rf"{victim.name} cannot be read .*download the folder again"):
+        HFReader(out)
+    shutil.copy(sorted(out.glob("model-*.safetensors"))[0], victim)
+    with pytest.raises(
+        ValueError, match=r"is not whole: model-0000\d-of-0000\d.safetensors lacks .*index.json says is in it"
+    ):
+        HFReader(out)
+
+
+def test_a_quantized_tensor_is_refused(tiny_qwen2, tmp_path):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight .* stored as F8_E4M3; only .*unquantized"):
+        HFReader(tmp_path).spec("model.norm.weight")

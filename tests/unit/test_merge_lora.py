@@ -168,9 +168,16 @@ DEFECTS = {
     "ranks": (lambda a: edited(a, rank_pattern={"q_proj": 2}), "rank_pattern="),
     "kind": (lambda a: edited(a, peft_type="IA3"), "holds a IA3 adapter"),
     "json": (lambda a: (a / "adapter_config.json").write_text("{"), "is not valid JSON"),
-    "no config": (lambda a: (a / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
+    "no config": (
+        lambda a: (a / "adapter_config.json").unlink(),
+        "has no adapter_config.json, so it is no PEFT adapter",
+    ),
     "pickle": (lambda a: (a / "adapter_model.safetensors").rename(a / "adapter_model.bin"), "a pickle"),
     "cut": (lambda a: (a / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"), "error: "),
+    "unmerged": (
+        lambda a: retensored(a, lambda t: (t.pop(FIRST + "A.weight"), t.pop(FIRST + "B.weight"))),
+        "says it changes 1 weights for which it has no update, first: model.layers.0.self_attn.q_proj.weight",
+    ),
     "half": (lambda a: retensored(a, lambda t: t.pop(FIRST + "B.weight")), "the file is not whole"),
     "saved module": (lambda a: retensored(a, lambda t: t.update({"x.lm_head.weight": torch.ones(1)})), "besides pairs"),
     "foreign": (

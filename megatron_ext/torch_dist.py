@@ -1,0 +1,321 @@
+"""Reads and writes Megatron's checkpoints a tensor at a time, in one process and without a model.
+
+The format is the one of `megatron.core.dist_checkpointing` ("torch_dist"): torch's distributed checkpoint, in which
+every tensor is whole (any layout cuts what it needs), with the layers, and in each the experts, stacked along leading
+dimensions. Megatron itself holds all of a rank's tensors while it saves or loads; here one is in memory.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+METADATA_NAME, CONFIG_NAME, COMMON_NAME = ".metadata", "metadata.json", "common.pt"
+TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron-LM and Megatron-Bridge keep it beside the checkpoints
+FILE_BYTES = 4 << 30
+# What a checkpoint's metadata may be made of: plain classes of these modules. It is a pickle, which could run anything.
+PICKLED_MODULES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed.checkpoint.filesystem",
+    "megatron.core.dist_checkpointing.strategies.torch",
+}
+PICKLED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks a name up
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("io", "BytesIO"),
+    ("_io", "BytesIO"),
+    ("pathlib", "PosixPath"),
+}
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+class TorchDistReader:
+    """Random access to the tensors of a checkpoint folder.
+
+    Raises ValueError if it is no such checkpoint, or not a whole one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = find_checkpoint(folder)
+        self._metadata = _read_metadata(self.folder / METADATA_NAME)
+        _check_files(self.folder, self._metadata)
+        self._reader = FileSystemReader(self.folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+
+    def names(self) -> set[str]:
+        return {name for name, stored in self._metadata.state_dict_metadata.items() if _is_tensor(stored)}
+
+    def common(self) -> dict[str, Any]:
+        """Plain values that were saved beside the tensors. Raises ValueError if there is more than plain values."""
+        try:
+            return torch.load(self.folder / COMMON_NAME, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{self.folder / COMMON_NAME} holds more than plain values: {error}") from error
+
+    def size(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored(name).size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored(name).properties.dtype
+
+    def tensor(self, name: str, place: Sequence[int] = ()) -> Tensor:
+        """One tensor of a stack, which is at `place` in its leading dimensions."""
+        stored = self._stored(name)
+        size = tuple(stored.size)[len(place) :]
+        found = torch.empty(size, dtype=stored.properties.dtype)
+        whole = ChunkStorageMetadata(
+            offsets=torch.Size([*place, *[0] * len(size)]), sizes=torch.Size([*[1] * len(place), *size])
+        )
+        chunks = self._chunks_at(name, tuple(place))
+        covered = TensorStorageMetadata(stored.properties, stored.size, chunks)
+        items = create_read_items_for_chunk_list(name, covered, [whole])
+        if sum(prod(item.lengths) for item in items) != found.numel():
+            raise ValueError(f"{self.folder} is not whole: parts of {name} at {tuple(place)} were never written")
+        planner = _Into(found.view(whole.sizes))
+        self._reader.read_data(LoadPlan(items), planner).wait()
+        return found
+
+    def _stored(self, name: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        return stored
+
+    def _chunks_at(self, name: str, place: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """The chunks that hold a part of what is at `place`; without an index, stacks of experts take minutes."""
+        depth = len(place)
+        if (name, depth) not in self._chunks:
+            index: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self._stored(name).chunks:
+                ranges = [range(o, o + n) for o, n in zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)]
+                for at in product(*ranges):
+                    index.setdefault(at, []).append(chunk)
+            self._chunks[name, depth] = index
+        return self._chunks[name, depth].get(place, [])
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint itself, where a folder of several is given as Megatron-LM and Megatron-Bridge write them."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; give a Megatron checkpoint folder")
+    tracker = folder / TRACKER_NAME
+    if tracker.is_file() and not (folder / METADATA_NAME).exists():
+        latest = tracker.read_text().strip()
+        name = latest if latest == "release" else f"iter_{int(latest):07d}" if latest.isdigit() else None
+        if name is None:
+            raise ValueError(f"{tracker} says {latest!r}, which is neither an iteration nor 'release'")
+        if not (folder / name).is_dir():
+            raise ValueError(f"{tracker} names {name}, which is not in {folder}; give one of the folders that are")
+        folder = folder / name
+    absent = [name for name in (METADATA_NAME, CONFIG_NAME, COMMON_NAME) if not (folder / name).is_file()]
+    if len(absent) == 3:
+        raise ValueError(
+            f"{folder} is no Megatron checkpoint in torch_dist format: it has no {METADATA_NAME}, {CONFIG_NAME} or "
+            f"{COMMON_NAME}. Checkpoints of another format (mp_rank_00/..., .pt): save them again with "
+            "--ckpt-format torch_dist"
+        )
+    if absent:
+        raise ValueError(f"{folder} is not whole: it has no {', '.join(absent)}; its saving was probably cut off")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    if config.get("sharded_backend") != "torch_dist":
+        raise ValueError(
+            f"{folder} is stored as {config.get('sharded_backend')!r}; only 'torch_dist' is read. "
+            "Save it again with --ckpt-format torch_dist"
+        )
+    return folder
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if (module, name) in PICKLED:
+            return super().find_class(module, name)
+        if module in PICKLED_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's metadata does")
+
+
+def _enum_member(of: Any, name: str) -> Any:
+    """How Python 3.11 pickles a member of an enumeration."""
+    if not isinstance(of, enum.EnumMeta):
+        raise pickle.UnpicklingError(f"it asks for {name} of {of}, which is no enumeration")
+    return of[name]
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, ImportError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise ValueError(f"{path} is no metadata of a distributed checkpoint")
+    return metadata
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    """Every file that the metadata points into must reach as far as it points."""
+    ends: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        name = stored.relative_path
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{folder}/{METADATA_NAME} points to {name}, outside its folder")
+        ends[name] = max(ends.get(name, 0), stored.offset + stored.length)
+    for name, end in sorted(ends.items()):
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size is None or size < end:
+            what = "is missing" if size is None else f"has {size} bytes of at least {end}"
+            raise ValueError(f"{folder} is not whole: {name} {what}; its saving or copying was probably cut off")
+
+
+def _is_tensor(stored: Any) -> bool:
+    return isinstance(stored, TensorStorageMetadata)
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads all items into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self._target
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            found = found.narrow(dim, offset, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored tensor."""
+
+    name: str
+    offsets: tuple[int, ...]
+    size: tuple[int, ...]
+    whole: tuple[int, ...]  # the size of the stored tensor
+    dtype: torch.dtype
+    load: Callable[[], Tensor]  # its values, when they are written
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.size) * self.dtype.itemsize
+
+
+def write_torch_dist(
+    folder: Path,
+    chunks: Sequence[Chunk],
+    *,
+    objects: Iterable[str] = (),
+    common: dict[str, Any] | None = None,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write a checkpoint into an empty folder. A chunk's values are asked for once, in order, and not kept.
+
+    Args:
+        objects: names of entries that are stored as None, such as the states of layers that have none.
+        common: plain values that Megatron's `load_common_state_dict` returns.
+        file_bytes: how large a file may be, unless one chunk is larger.
+    """
+    plans = [SavePlan([_write_item(chunk) for chunk in file]) for file in _files(chunks, file_bytes)]
+    nothing = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+    plans[0].items.extend(nothing)
+    # Nothing is copied ahead on another thread: one tensor is in memory.
+    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    planner = _FromChunks(chunks)
+    results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    stored: dict[str, Any] = {item.index.fqn: BytesStorageMetadata() for item in nothing}
+    for chunk in chunks:
+        if chunk.name not in stored:
+            stored[chunk.name] = TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(chunk.whole), [])
+        block = ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.size))
+        stored[chunk.name].chunks.append(block)
+    writer.finish(Metadata(stored), results)
+    torch.save(common or {}, folder / COMMON_NAME)
+    save_config(CheckpointingConfig("torch_dist"), os.fspath(folder))
+
+
+def _files(chunks: Sequence[Chunk], file_bytes: int) -> Iterator[list[Chunk]]:
+    file: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        if file and size + chunk.nbytes > file_bytes:
+            yield file
+            file, size = [], 0
+        file.append(chunk)
+        size += chunk.nbytes
+    yield file
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    block = ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.size))
+    data = TensorWriteData(block, TensorProperties(chunk.dtype), torch.Size(chunk.whole))
+    return WriteItem(MetadataIndex(chunk.name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _FromChunks(DefaultSavePlanner):
+    """Loads a chunk's values when they are written."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__()
+        self._chunks = {(chunk.name, torch.Size(chunk.offsets)): chunk for chunk in chunks}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            data = io.BytesIO()
+            torch.save([None], data)
+            return data
+        assert write_item.index.offset is not None
+        chunk = self._chunks[write_item.index.fqn, write_item.index.offset]
+        tensor = chunk.load().reshape(chunk.size)
+        assert tensor.dtype == chunk.dtype
+        return tensor
