@@ -12,6 +12,8 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -34,6 +36,27 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
+_equal_all_gather = dist.all_gather
+
+
+def _all_gather(outputs: list[Tensor], own: Tensor, group: Any = None, **options: Any) -> Any:
+    """As NCCL does it, tensors of unequal sizes included: experts under tensor parallelism exchange such."""
+    if len({output.shape for output in outputs}) == 1:
+        return _equal_all_gather(outputs, own, group=group, **options)
+    outputs[dist.get_rank(group)].copy_(own)
+    for rank, output in enumerate(outputs):
+        dist.broadcast(output, group=group, group_src=rank)
+    return None
+
+
+def _reduce_scatter(output: Tensor, inputs: list[Tensor], *, group: Any = None, **options: Any) -> None:
+    """The same of its backward, which gloo has for no sizes."""
+    for rank, part in enumerate(inputs):
+        mine = rank == dist.get_rank(group)
+        summed = output.copy_(part) if mine else part.clone()
+        dist.reduce(summed, group=group, group_dst=rank, **options)
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Maps device="cuda" to the CPU in every torch call, and names CPU tensor types as Megatron expects them."""
 
@@ -51,6 +74,11 @@ class _CudaMeansCpu(TorchFunctionMode):
         return result
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Counts of tokens per expert, as Megatron's dispatcher brings them from a GPU: sizes of messages as numbers."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 _mode: _CudaMeansCpu | None = None
 
 
@@ -62,6 +90,7 @@ def enable_cpu_mode() -> None:
     assert not torch.cuda.is_available(), "CPU mode on a machine with CUDA would move tensors off the GPU"
 
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     answers: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),  # used as `device=` of new buffers
@@ -83,6 +112,10 @@ def enable_cpu_mode() -> None:
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
     # Megatron's own inference tracker: forking it is a no-op. Dropout is zero everywhere in this project.
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+    distributed: Any = dist
+    distributed.all_gather, distributed.reduce_scatter = _all_gather, _reduce_scatter
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
 
     _mode = _CudaMeansCpu()
     _mode.__enter__()

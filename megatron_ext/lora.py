@@ -161,16 +161,20 @@ def _add_adapter_output(linear: Any, inputs: tuple[Tensor, ...], output: tuple[T
 
 
 def _sharded_with_adapter(
-    linear: Any, of_linear: Callable[..., dict[str, Any]], prefix: str = "", offsets: Any = (), metadata: Any = None
+    linear: Any,
+    of_linear: Callable[..., dict[str, Any]],
+    prefix: str = "",
+    sharded_offsets: Any = (),
+    metadata: Any = None,
 ) -> dict[str, Any]:
     """Megatron's description of a linear for checkpoints, in which it takes an adapter's tensors for replicated."""
-    state = of_linear(prefix, offsets, metadata)
+    state = of_linear(prefix, sharded_offsets, metadata)
     adapter = linear.lora
     sharded_a, sharded_b = (1, None) if adapter.is_row_parallel else (None, 0)
     for kind, parameters, dim in (("a", adapter.a, sharded_a), ("b", adapter.b, sharded_b)):
         for k, parameter in enumerate(parameters):
             name = f"{prefix}lora.{kind}.{k}"
-            options: dict[str, Any] = {"key": name, "prepend_offsets": offsets}
+            options: dict[str, Any] = {"key": name, "prepend_offsets": sharded_offsets}
             if dim is None:
                 state[name] = make_sharded_tensor_for_checkpoint(parameter, **options)
             else:

@@ -1,8 +1,8 @@
 """One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0.
 
-Run under torchrun: worker.py MODELS_DIR OUT_DIR TENSOR PIPELINE SEQUENCE [RESULTS_TO_CONTINUE].
-Every folder in MODELS_DIR is trained on; OUT_DIR gets a folder of results for each. RESULTS_TO_CONTINUE is the
-OUT_DIR of another layout, whose checkpoints are continued.
+Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT MODELS [RESULTS_TO_CONTINUE].
+Each of MODELS (names with commas between) in ROOT/models is trained on, and loaded from ROOT/converted; OUT_DIR gets a
+folder of results for each. RESULTS_TO_CONTINUE is the OUT_DIR of another layout, whose checkpoints are continued.
 """
 
 import json
@@ -10,17 +10,23 @@ import random
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ext.convert import RELEASE
+from megatron_ext.hf_io import hf_tensors
 from megatron_ext.lora import LoraSettings
+from megatron_ext.model import ModelSettings, build_model
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
 from searche1.opsd import TrainedPair, opsd_step
 from searche1.packing import Sample
-from searche1.policy import Policy
+from searche1.policy import Policy, read_shape
 from searche1.types import Group, Question, Span, Trajectory
 
 VOCAB = 200  # not a multiple of 128: the last ranks hold padding columns
@@ -100,6 +106,10 @@ def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> No
     metrics["opsd"] = [opsd_step(policy, distilled, config=CONFIG, lr=1e-2) for _ in range(3)]
     exported["opsd"] = copied(policy)
     policy.save_adapter(out / "adapter")
+    policy.save_checkpoint(out / "adapter_checkpoint", step=3)
+    policy = Policy(**options, lora=LoraSettings(rank=4, alpha=8, seed=1))
+    policy.load_checkpoint(out / "adapter_checkpoint")
+    exported["reloaded"] = copied(policy)
 
     if layout.is_writer:
         for name, tensors in exported.items():
@@ -107,13 +117,29 @@ def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> No
         (out / "metrics.json").write_text(json.dumps(metrics))
 
 
+def convert(model: Path, converted: Path, out: Path, layout: Layout) -> None:
+    """Load a converted checkpoint as any program on Megatron does, write what was loaded, and save it from here."""
+    shape = read_shape(model)
+    built = build_model(shape, ModelSettings(torch.float32, "none"), layout)
+    loaded = dist_checkpointing.load({"model": built.sharded_state_dict()}, str(converted / RELEASE))
+    built.load_state_dict(loaded["model"])
+    exported = {name: tensor.contiguous() for name, tensor in hf_tensors(built, shape, layout)}
+    if layout.is_writer:
+        save_file(exported, out / "converted.safetensors")
+        (out / "resaved").mkdir()
+    dist.barrier()
+    dist_checkpointing.save({"model": built.sharded_state_dict()}, str(out / "resaved"))
+
+
 def main() -> None:
-    models, out = Path(sys.argv[1]), Path(sys.argv[2])
-    tensor, pipeline, sequence = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1"
-    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, device="cpu")
-    for model in sorted(models.iterdir()):
-        checkpoint = Path(sys.argv[6]) / model.name / "checkpoint" if len(sys.argv) > 6 else None
-        train(model, out / model.name, layout, checkpoint)
+    root, out = Path(sys.argv[1]), Path(sys.argv[2])
+    tensor, pipeline, sequence, expert = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1", int(sys.argv[6])
+    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, device="cpu")
+    for name in sys.argv[7].split(","):
+        model = root / "models" / name
+        checkpoint = Path(sys.argv[8]) / name / "checkpoint" if len(sys.argv) > 8 else None
+        train(model, out / name, layout, checkpoint)
+        convert(model, root / "converted" / name, out / name, layout)
     close_parallel()
 
 

@@ -15,12 +15,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_qwen2
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_ext.convert import check_checkpoint
 from megatron_ext.lora import LoraSettings
+from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import close_parallel, init_parallel
-from megatron_ext.peft_io import BASE_NAME, MERGED_NAME, fingerprint, read_peft_folder
+from megatron_ext.peft_io import BASE_NAME, MERGED_NAME, fingerprint, read_adapter, read_peft_folder
+from megatron_ext.torch_dist import TorchDistReader
 from searche1.config import TrainConfig
+from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy
 
 TOOL = Path(__file__).parents[2] / "tools" / "merge_lora.py"
@@ -149,6 +153,65 @@ def test_our_adapter_is_merged_to_the_bits_that_training_merges_and_into_its_own
     assert "trained on other weights" in refusal(tmp_path / "trained", tmp_path / "adapter", tmp_path / "x")
     other = make_qwen2(tmp_path / "other", tied=True, seed=5)
     assert "trained on other weights" in refusal(other, tmp_path / "adapter", tmp_path / "x")
+
+
+def test_an_adapter_is_merged_from_megatrons_shards_as_from_pefts_format(base, layout, tmp_path):
+    policy = Policy(
+        model_path=base,
+        layout=layout,
+        train=TrainConfig(dtype="float32"),
+        optimizer=OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0, distributed=True),
+        lora=LoraSettings(rank=4, alpha=8, seed=0),
+    )
+    generator = torch.Generator().manual_seed(3)
+    policy.restore({n: torch.randn(p.shape, generator=generator) * 0.1 for n, p in policy.snapshot().items()})
+    sample = [Sample((1, 2, 3), (4, 5, 6), (True,) * 3)]  # an optimizer has nothing to save before its first step
+    weights = row_weights(sample, "token_mean")
+    packed = make_batches(sample, weights, max_tokens=64, multiple_of=1, rank=0, num_ranks=1)
+    policy.train_step(packed, lambda hidden, index: (hidden.sum(), {"loss": hidden.new_zeros(())}), lr=1e-3)
+    policy.save_adapter(tmp_path / "adapter")
+    policy.save_checkpoint(tmp_path / "checkpoint", step=1)
+    for name in ("adapter", "checkpoint"):
+        result = merge(base, tmp_path / name, tmp_path / f"from-{name}", "--verify")
+        assert result.returncode == 0, result.stderr
+        assert "verified: logits are peft's" in result.stdout
+    from_peft, from_shards = (
+        load_file(tmp_path / f"from-{n}" / "model.safetensors") for n in ("adapter", "checkpoint")
+    )
+    assert all(torch.equal(from_shards[name], tensor) for name, tensor in from_peft.items())
+    # The same adapter is known whichever way it comes.
+    assert "apply it twice" in refusal(tmp_path / "from-checkpoint", tmp_path / "adapter", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"an adapter that is not merged .* merge it with tools/merge_lora\.py"):
+        check_checkpoint(TorchDistReader(tmp_path / "checkpoint"), policy.shape)
+
+
+def test_sglangs_loader_takes_our_adapter_for_what_it_is(base, layout, tmp_path):
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.lora.lora import LoRAAdapter
+    from sglang.srt.lora.lora_config import LoRAConfig
+
+    settings = LoraSettings(rank=4, alpha=8, seed=0)
+    train = TrainConfig(dtype="float32")
+    policy = Policy(model_path=base, layout=layout, train=train, optimizer=None, lora=settings)
+    generator = torch.Generator().manual_seed(4)
+    policy.restore({n: torch.randn(p.shape, generator=generator) * 0.1 for n, p in policy.snapshot().items()})
+    policy.save_adapter(tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(base)
+    loaded = LoRAAdapter("ours", LoRAConfig(str(tmp_path / "adapter")), config, LoadConfig(), None)
+    loaded.initialize_weights_from_tensors(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    expected = read_adapter(tmp_path / "adapter")
+    assert loaded.scaling == expected.scale
+    fused = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+    alone = {"self_attn.o_proj": ("o_proj",), "mlp.down_proj": ("down_proj",)}
+    for i, layer in enumerate(loaded.layers):
+        for module, parts in {**fused, **alone}.items():
+            prefix = f"model.layers.{i}.{module.split('.')[0]}"
+            pairs = [expected.low_rank[f"{prefix}.{part}.weight"] for part in parts]
+            for kind, place in (("A", 0), ("B", 1)):
+                found = layer.weights.pop(f"base_model.model.model.layers.{i}.{module}.lora_{kind}.weight")
+                assert torch.equal(found, torch.cat([pair[place] for pair in pairs])), (i, module, kind)
+        assert not layer.weights
 
 
 def edited(adapter, **settings):
