@@ -167,7 +167,13 @@ def checkpoint_tensors(reader: TorchDistReader, shape: ModelShape) -> Iterator[t
     """Every HuggingFace tensor of a checkpoint, in the order of `hf_sizes`."""
     names = reader.names()
     for rule in model_rules(shape):
-        yield from from_shards(rule, [reader.tensor(*_locate(rule, names))], shape).items()
+        name, place = _locate(rule, names)
+        if rule.layout == "gate_up":  # stored one after the other: they need not be put together to be taken apart
+            middle = hf_size(rule.hf[0], shape)[0]
+            yield rule.hf[0], reader.tensor(name, place, rows=(0, middle))
+            yield rule.hf[1], reader.tensor(name, place, rows=(middle, 2 * middle))
+        else:
+            yield from from_shards(rule, [reader.tensor(name, place)], shape).items()
 
 
 def _locate(rule: Rule, names: set[str]) -> tuple[str, tuple[int, ...]]:

@@ -336,7 +336,7 @@ def to_shard(rule: Rule, parts: Sequence[Tensor], shape: ModelShape, rank: int, 
     if rule.layout == "vocab":
         rows = padded_vocab_size(shape.vocab_size, size) // size
         mine = parts[0][rank * rows : (rank + 1) * rows]
-        return torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
+        return _joined([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
     mine_parts = [part.chunk(size, dim=0)[rank] for part in parts]
     if rule.layout == "qkv":
         return interleave_qkv(mine_parts, shape.num_kv_heads // size)
@@ -344,17 +344,23 @@ def to_shard(rule: Rule, parts: Sequence[Tensor], shape: ModelShape, rank: int, 
 
 
 def from_shards(rule: Rule, shards: Sequence[Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Whole HuggingFace tensors from the shards of all tensor-parallel ranks, in rank order."""
+    """Whole HuggingFace tensors from the shards of all tensor-parallel ranks, in rank order; views if possible."""
     size = len(shards)
     if rule.layout == "replicated":
         return {rule.hf[0]: shards[0]}
     if rule.layout == "columns":
-        return {rule.hf[0]: torch.cat(list(shards), dim=1)}
+        return {rule.hf[0]: _joined(shards, dim=1)}
     if rule.layout == "vocab":
-        return {rule.hf[0]: torch.cat(list(shards))[: shape.vocab_size]}
+        return {rule.hf[0]: _joined(shards)[: shape.vocab_size]}
     if rule.layout == "qkv":
         groups = shape.num_kv_heads // size
         split: list[tuple[Tensor, ...]] = [separate_qkv(shard, groups, shape.head_dim) for shard in shards]
     else:
         split = [shard.chunk(2) for shard in shards]
-    return {name: torch.cat([parts[k] for parts in split]) for k, name in enumerate(rule.hf)}
+    return {name: _joined([parts[k] for parts in split]) for k, name in enumerate(rule.hf)}
+
+
+def _joined(parts: Sequence[Tensor], *, dim: int = 0) -> Tensor:
+    """One tensor of all; what is whole already is not copied."""
+    filled = [part for part in parts if part.numel()] or parts[:1]
+    return filled[0] if len(filled) == 1 else torch.cat(list(filled), dim=dim)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import io
 import json
+import mmap
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,14 +34,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 METADATA_NAME, CONFIG_NAME, COMMON_NAME = ".metadata", "metadata.json", "common.pt"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron-LM and Megatron-Bridge keep it beside the checkpoints
@@ -76,8 +76,6 @@ class TorchDistReader:
         self.folder = find_checkpoint(folder)
         self._metadata = _read_metadata(self.folder / METADATA_NAME)
         _check_files(self.folder, self._metadata)
-        self._reader = FileSystemReader(self.folder)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def names(self) -> set[str]:
@@ -96,22 +94,46 @@ class TorchDistReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._stored(name).properties.dtype
 
-    def tensor(self, name: str, place: Sequence[int] = ()) -> Tensor:
-        """One tensor of a stack, which is at `place` in its leading dimensions."""
+    def tensor(self, name: str, place: Sequence[int] = (), *, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor of a stack, at `place` in its leading dimensions; of it `rows`, from one to before another.
+
+        Values that are stored in one piece are mapped from the file, not copied.
+        """
+        size = list(self.size(name)[len(place) :])
+        offsets = [*place, *[0] * len(size)]
+        if rows is not None:
+            offsets[len(place)], size[0] = rows[0], rows[1] - rows[0]
+        sizes = [*[1] * len(place), *size]
+        wanted = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         stored = self._stored(name)
-        size = tuple(stored.size)[len(place) :]
-        found = torch.empty(size, dtype=stored.properties.dtype)
-        whole = ChunkStorageMetadata(
-            offsets=torch.Size([*place, *[0] * len(size)]), sizes=torch.Size([*[1] * len(place), *size])
-        )
-        chunks = self._chunks_at(name, tuple(place))
-        covered = TensorStorageMetadata(stored.properties, stored.size, chunks)
-        items = create_read_items_for_chunk_list(name, covered, [whole])
-        if sum(prod(item.lengths) for item in items) != found.numel():
+        chunks = TensorStorageMetadata(stored.properties, stored.size, self._chunks_at(name, tuple(place)))
+        items = create_read_items_for_chunk_list(name, chunks, [wanted])
+        if sum(prod(item.lengths) for item in items) != prod(sizes):
             raise ValueError(f"{self.folder} is not whole: parts of {name} at {tuple(place)} were never written")
-        planner = _Into(found.view(whole.sizes))
-        self._reader.read_data(LoadPlan(items), planner).wait()
-        return found
+        pieces = [_narrow(self._blob(item.storage_index), item.storage_offsets, item.lengths) for item in items]
+        if len(pieces) == 1:
+            return pieces[0].view(size)
+        found = torch.empty(sizes, dtype=stored.properties.dtype)
+        for item, piece in zip(items, pieces, strict=True):
+            _narrow(found, item.dest_offsets, item.lengths).copy_(piece)
+        return found.view(size)
+
+    def _blob(self, index: MetadataIndex) -> Tensor:
+        """A block as it was stored: what torch.save made of it somewhere in a file."""
+        stored = self._metadata.storage_data[index]
+        with (self.folder / stored.relative_path).open("rb") as file:
+            view: Any = _create_file_view(file, stored.offset, stored.length)
+            described = torch.load(view, map_location="meta", weights_only=True)  # reads no values
+            view.seek(0)
+            if not described.is_contiguous() or described.untyped_storage().nbytes() != described.nbytes != 0:
+                return torch.load(view, map_location="cpu", weights_only=True)
+            archive: Any = torch._C.PyTorchFileReader(view)
+            start = stored.offset + archive.get_record_offset("data/0")
+            first = start - start % mmap.ALLOCATIONGRANULARITY
+            length = start - first + described.nbytes
+            mapped = mmap.mmap(file.fileno(), length, offset=first, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(mapped, dtype=described.dtype, count=described.numel(), offset=start - first)
+        return flat.view(described.shape)
 
     def _stored(self, name: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata[name]
@@ -210,25 +232,14 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise ValueError(f"{folder} is not whole: {name} {what}; its saving or copying was probably cut off")
 
 
+def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for dim, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, offset, length)
+    return tensor
+
+
 def _is_tensor(stored: Any) -> bool:
     return isinstance(stored, TensorStorageMetadata)
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads all items into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, offset, length)
-        return found
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -307,15 +318,14 @@ class _FromChunks(DefaultSavePlanner):
 
     def __init__(self, chunks: Sequence[Chunk]) -> None:
         super().__init__()
-        self._chunks = {(chunk.name, torch.Size(chunk.offsets)): chunk for chunk in chunks}
+        self._loaded = ((chunk, chunk.load()) for chunk in chunks)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
             torch.save([None], data)
             return data
-        assert write_item.index.offset is not None
-        chunk = self._chunks[write_item.index.fqn, write_item.index.offset]
-        tensor = chunk.load().reshape(chunk.size)
+        chunk, tensor = next(self._loaded)  # a plan's items are written in its order
+        assert (chunk.name, torch.Size(chunk.offsets)) == (write_item.index.fqn, write_item.index.offset)
         assert tensor.dtype == chunk.dtype
-        return tensor
+        return tensor.reshape(chunk.size)

@@ -11,19 +11,22 @@ generation config, tokenizer and chat template go along in OUT/hf. Nothing appea
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
-# Large pages: fresh memory for every tensor is otherwise half of the time. Read by torch when it first allocates.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import torch
 from torch import Tensor
 
-from megatron_ext.convert import HF_FOLDER, check_checkpoint, hf_chunks, hf_specs, hf_to_megatron, megatron_to_hf
+from megatron_ext.convert import (
+    HF_FOLDER,
+    check_checkpoint,
+    hf_chunks,
+    hf_specs,
+    hf_to_megatron,
+    megatron_to_hf,
+)
 from megatron_ext.hf_io import CONFIG_NAME, SHARD_BYTES, HFReader, check_weights
 from megatron_ext.hf_mapping import ModelShape, model_shape
 from megatron_ext.torch_dist import TorchDistReader

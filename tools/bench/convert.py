@@ -1,6 +1,6 @@
 """Converts a checkpoint of a released model's shape both ways, beside reading and writing the same bytes.
 
-    python tools/bench/convert.py [--layers 8] [--repeats 3] [--out FILE.json]
+    python tools/bench/convert.py [--layers 6] [--repeats 3] [--out FILE.json]
 
 The floor is the safetensors library: load every file of the HuggingFace folder, save it, flush it to the disk. Each
 measurement is a process of its own, the kinds take turns, and all files are in the page cache when it starts. Peak
@@ -45,7 +45,7 @@ CONFIG = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6, help="a folder must fit three times into free memory")
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of the HuggingFace files")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -73,8 +73,11 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for repeat in range(arguments.repeats):
         for kind in KINDS:
+            warm(folder / ("hf-to-megatron" if kind == "megatron-to-hf" else "source"))
             done = subprocess.run([*command, kind, str(folder)], check=True, capture_output=True, text=True)
             found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+            if kind != "hf-to-megatron":  # the next conversion back reads that
+                shutil.rmtree(folder / kind)
             print(f"  {repeat + 1}/{arguments.repeats} {kind}: {found[kind][-1]['seconds']:.1f} s", flush=True)
     gb = sum(sizes) / 1e9
     floor = gb / median(run["seconds"] for run in found["floor"])
@@ -92,6 +95,15 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "results": rows,
         "runs": found,
     }
+
+
+def warm(folder: Path) -> None:
+    """Read files into the page cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                while opened.read(64 << 20):
+                    pass
 
 
 def make_source(folder: Path, layers: int, shard_bytes: int) -> None:
