@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.hf_io import HFReader, TensorSpec, check_space, check_weights, copy_hf_settings, publish, save_hf
+from megatron_ext.hf_io import (
+    DTYPES,
+    HFReader,
+    TensorSpec,
+    check_space,
+    check_weights,
+    copy_hf_settings,
+    publish,
+    save_hf,
+)
 from megatron_ext.hf_mapping import (
     ModelShape,
     Rule,
@@ -41,6 +50,17 @@ def hf_chunks(reader: HFReader, shape: ModelShape, *, dtype: torch.dtype | None,
         dtype: of all stored tensors; None keeps each one's own.
         tensor: blocks are cut for this tensor-parallel size, so that its ranks read no others'. All sizes can load it.
     """
+    if dtype is None:
+        kinds: dict[str, tuple[str, torch.dtype]] = {}  # of each stored tensor, with who it is from
+        for rule in model_rules(shape):
+            for name in rule.hf:
+                found = reader.spec(name).dtype
+                first, expected = kinds.setdefault(rule.key, (name, found))
+                if found != expected:
+                    raise ValueError(
+                        f"{reader.folder} stores {first} as {expected} and {name} as {found}, which Megatron holds in "
+                        "one tensor; choose one with --dtype"
+                    )
     return [chunk for rule in model_rules(shape) for chunk in _rule_chunks(reader, rule, shape, dtype, tensor)]
 
 
@@ -155,6 +175,8 @@ def check_checkpoint(reader: TorchDistReader, shape: ModelShape) -> None:
     for name, rule in expected.items():
         depth = len(rule.place) - len(_locate(rule, names)[1])
         size, found = stored_size(rule, shape)[depth:], reader.size(name)
+        if reader.dtype(name) not in DTYPES.values():
+            raise ValueError(f"{name} in {folder} is stored as {reader.dtype(name)}; only plain floats are converted")
         fits = found[0] >= shape.vocab_size and found[1:] == size[1:] if rule.layout == "vocab" else found == size
         if not fits:
             needed = f"at least {shape.vocab_size} rows of {size[1:]}" if rule.layout == "vocab" else f"{size}"

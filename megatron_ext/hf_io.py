@@ -61,7 +61,9 @@ class HFReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX_NAME).is_file():
-            weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            weight_map = json.loads((folder / INDEX_NAME).read_text()).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{folder / INDEX_NAME} has no weight_map; copy or download the folder again")
             files = sorted(set(weight_map.values()))
         elif (folder / SINGLE_NAME).is_file():
             weight_map, files = None, [SINGLE_NAME]
@@ -305,9 +307,20 @@ def check_space(out: Path, needed: int) -> None:
         raise ValueError(f"{existing} has {free / 1e9:.1f} GB free, {out.name} needs {needed / 1e9:.1f} GB")
 
 
+def refuse_to_overwrite(source: Path, out: Path) -> None:
+    """Raises ValueError if reading `source` would meet the folder that `publish` clears and writes."""
+    partial = _partial(out).resolve()
+    if partial in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{source} is what a cut-off run left for {out}, and would be cleared; rename it first")
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def publish(write: Callable[[Path], None], out: Path) -> None:
     """Have a folder written under another name, and give it its own once its bytes are on the disk."""
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

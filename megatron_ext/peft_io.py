@@ -117,7 +117,7 @@ def read_megatron_adapter(folder: Path) -> PeftAdapter:
     for target, key in stored.items():
         for layer in range(reader.size(f"{key}.a.0")[0]):
             for k, module in enumerate(hf_modules(target, layer)):
-                a, b = (reader.tensor(f"{key}.{kind}.{k}", (layer,)) for kind in "ab")
+                a, b = (reader.tensor(f"{key}.{kind}.{k}", (layer,)).clone() for kind in "ab")  # keep no file open
                 low_rank[f"{module}.weight"] = (a, b)
     return PeftAdapter(low_rank, settings["alpha"] / settings["rank"], settings["base_fingerprint"])
 

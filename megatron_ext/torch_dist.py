@@ -45,22 +45,26 @@ from torch.distributed.checkpoint.utils import _create_file_view
 METADATA_NAME, CONFIG_NAME, COMMON_NAME = ".metadata", "metadata.json", "common.pt"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron-LM and Megatron-Bridge keep it beside the checkpoints
 FILE_BYTES = 4 << 30
-# What a checkpoint's metadata may be made of: plain classes of these modules. It is a pickle, which could run anything.
-PICKLED_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-    "megatron.core.dist_checkpointing.strategies.torch",
-}
+# What a checkpoint's metadata may be made of. It is a pickle, which could otherwise run anything.
 PICKLED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # looks a name up
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("io", "BytesIO"),
-    ("_io", "BytesIO"),
-    ("pathlib", "PosixPath"),
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},  # looks a name up
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "collections": {"OrderedDict"},
+    "builtins": {"set"},
+    "io": {"BytesIO"},
+    "_io": {"BytesIO"},
+    "pathlib": {"PosixPath"},
 }
+MOVED = {"pathlib._local": "pathlib"}  # as Python 3.13 names it
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -119,21 +123,13 @@ class TorchDistReader:
         return found.view(size)
 
     def _blob(self, index: MetadataIndex) -> Tensor:
-        """A block as it was stored: what torch.save made of it somewhere in a file."""
+        """A block as it was stored. Raises ValueError if it cannot be read."""
         stored = self._metadata.storage_data[index]
-        with (self.folder / stored.relative_path).open("rb") as file:
-            view: Any = _create_file_view(file, stored.offset, stored.length)
-            described = torch.load(view, map_location="meta", weights_only=True)  # reads no values
-            view.seek(0)
-            if not described.is_contiguous() or described.untyped_storage().nbytes() != described.nbytes != 0:
-                return torch.load(view, map_location="cpu", weights_only=True)
-            archive: Any = torch._C.PyTorchFileReader(view)
-            start = stored.offset + archive.get_record_offset("data/0")
-            first = start - start % mmap.ALLOCATIONGRANULARITY
-            length = start - first + described.nbytes
-            mapped = mmap.mmap(file.fileno(), length, offset=first, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(mapped, dtype=described.dtype, count=described.numel(), offset=start - first)
-        return flat.view(described.shape)
+        path = self.folder / stored.relative_path
+        try:
+            return _read_blob(path, stored.offset, stored.length)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"a block of {index.fqn} in {path} cannot be read: {error}") from error
 
     def _stored(self, name: str) -> TensorStorageMetadata:
         stored = self._metadata.state_dict_metadata[name]
@@ -190,12 +186,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _enum_member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             return getattr(torch, name)
-        if (module, name) in PICKLED:
+        module = MOVED.get(module, module)
+        if name in PICKLED.get(module, ()):
             return super().find_class(module, name)
-        if module in PICKLED_MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint's metadata does")
 
 
@@ -230,6 +223,23 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
         if size is None or size < end:
             what = "is missing" if size is None else f"has {size} bytes of at least {end}"
             raise ValueError(f"{folder} is not whole: {name} {what}; its saving or copying was probably cut off")
+
+
+def _read_blob(path: Path, offset: int, length: int) -> Tensor:
+    """What torch.save wrote at a place in a file; its values are mapped from there where they lie in order."""
+    with path.open("rb") as file:
+        view: Any = _create_file_view(file, offset, length)
+        described = torch.load(view, map_location="meta", weights_only=True)  # reads no values
+        view.seek(0)
+        is_plain = described.is_contiguous() and described.untyped_storage().nbytes() == described.nbytes
+        if not is_plain or not described.numel():
+            return torch.load(view, map_location="cpu", weights_only=True)
+        archive: Any = torch._C.PyTorchFileReader(view)
+        start = offset + archive.get_record_offset("data/0")
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(file.fileno(), start - first + described.nbytes, offset=first, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(mapped, dtype=described.dtype, count=described.numel(), offset=start - first)
+    return flat.view(described.shape)
 
 
 def _narrow(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:

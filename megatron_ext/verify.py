@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
 
 from megatron_ext.convert import checkpoint_tensors
@@ -59,8 +60,16 @@ def megatron_logits(folder: Path, shape: ModelShape, prompts: Sequence[Tensor], 
     layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
     try:
         model = build_model(shape, ModelSettings(torch.float32, "none"), layout)
-        wanted = {"model": model.sharded_state_dict()}
-        model.load_state_dict(dist_checkpointing.load(wanted, str(find_checkpoint(folder)))["model"])
+        checkpoint = find_checkpoint(folder)
+        numbered = any(name.startswith("decoder.layers.0.") for name in TorchDistReader(checkpoint).names())
+        state = model.sharded_state_dict(metadata={"non_homogeneous_layers": numbered})
+        # Megatron unpickles these, whatever they hold; in a checkpoint of weights they hold nothing.
+        wanted = {name: sharded for name, sharded in state.items() if "_extra_state" not in name}
+        try:
+            loaded = dist_checkpointing.load({"model": wanted}, str(checkpoint))["model"]
+        except CheckpointingException as error:
+            raise ValueError(f"Megatron cannot load {checkpoint}: {error}") from error
+        model.load_state_dict({name: tensor for name, tensor in loaded.items() if tensor is not None}, strict=False)
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
         model.eval()

@@ -185,7 +185,14 @@ def make_pair_batches(
 
 
 def plan(lengths: Sequence[int], max_tokens: int, multiple_of: int, *, rank: int, num_ranks: int) -> list[list[int]]:
-    """Which items go into which micro-batch of this rank; one empty micro-batch if it has none."""
-    mine = share_of_rank(lengths, rank=rank, num_ranks=num_ranks)
-    bins = bins_by_budget([lengths[i] for i in mine], max_tokens=max_tokens // multiple_of * multiple_of)
-    return [[mine[k] for k in members] for members in bins] or [[]]
+    """Which items go into which micro-batch of this rank.
+
+    All ranks get as many, at least one, the last of some empty: ranks that share experts run every pass together.
+    """
+    every = []
+    for other in range(num_ranks):
+        share = share_of_rank(lengths, rank=other, num_ranks=num_ranks)
+        bins = bins_by_budget([lengths[i] for i in share], max_tokens=max_tokens // multiple_of * multiple_of)
+        every.append([[share[k] for k in members] for members in bins])
+    most = max(1, *(len(bins) for bins in every))
+    return every[rank] + [[] for _ in range(most - len(every[rank]))]

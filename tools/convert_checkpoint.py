@@ -11,10 +11,13 @@ generation config, tokenizer and chat template go along in OUT/hf. Nothing appea
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here needs a GPU, and --verify runs Megatron on the CPU
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from megatron_ext.convert import (
     hf_to_megatron,
     megatron_to_hf,
 )
-from megatron_ext.hf_io import CONFIG_NAME, SHARD_BYTES, HFReader, check_weights
+from megatron_ext.hf_io import CONFIG_NAME, SHARD_BYTES, HFReader, check_weights, refuse_to_overwrite
 from megatron_ext.hf_mapping import ModelShape, model_shape
 from megatron_ext.torch_dist import TorchDistReader
 
@@ -95,11 +98,14 @@ def parsed() -> argparse.Namespace:
 
 def to_megatron(arguments: argparse.Namespace) -> None:
     shape, dtype = read_shape(arguments.hf), DTYPES.get(arguments.dtype)
-    if arguments.tensor < 1 or shape.num_kv_heads % arguments.tensor:
-        raise ValueError(
-            f"--tensor {arguments.tensor} does not divide the model's {shape.num_kv_heads} key-value heads; "
-            "give a divisor, or leave it out"
-        )
+    refuse_to_overwrite(arguments.hf, arguments.out)
+    divided = {"key-value heads": shape.num_kv_heads, "MLP features": shape.expert_ffn_size or shape.ffn_size}
+    for what, number in divided.items():
+        if arguments.tensor < 1 or number % arguments.tensor:
+            raise ValueError(
+                f"--tensor {arguments.tensor} does not divide the model's {number} {what}; "
+                "give a divisor, or leave it out"
+            )
     reader = HFReader(arguments.hf)
     check_weights(reader, shape)
     total = sum(chunk.nbytes for chunk in hf_chunks(reader, shape, dtype=dtype, tensor=arguments.tensor))
@@ -113,6 +119,7 @@ def to_megatron(arguments: argparse.Namespace) -> None:
 
 def to_hf(arguments: argparse.Namespace) -> None:
     reader, dtype = TorchDistReader(arguments.megatron), DTYPES.get(arguments.dtype)
+    refuse_to_overwrite(arguments.megatron, arguments.out)
     config_from = arguments.config_from or find_config(arguments.megatron)
     shape = read_shape(config_from)
     if not arguments.shard_gb > 0:

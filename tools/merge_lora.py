@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megatron_ext.hf_io import HFReader, check_space, save_hf
+from megatron_ext.hf_io import HFReader, check_space, refuse_to_overwrite, save_hf
 from megatron_ext.peft_io import (
     CONFIG_NAME,
     PREFIX,
@@ -55,6 +55,8 @@ def main() -> int:
 def merge(base: Path, adapter_folder: Path, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is already there; remove it, or give another --out")
+    for source in (base, adapter_folder):
+        refuse_to_overwrite(source, out)
     adapter = read_adapter(adapter_folder)
     print(f"reading {base}: is it what the adapter was trained on?", flush=True)
     base_fingerprint = check_base(adapter, base)

@@ -24,7 +24,7 @@ from megatron_ext.hf_mapping import hf_sizes, model_rules, model_shape
 from megatron_ext.model import ModelSettings, build_model
 from megatron_ext.parallel import close_parallel, init_parallel
 from megatron_ext.torch_dist import TorchDistReader
-from megatron_ext.verify import compare_tensors
+from megatron_ext.verify import compare_tensors, hf_logits, megatron_logits
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "searche1" / "assets" / "toy_policy"
@@ -220,6 +220,47 @@ def test_a_checkpoint_of_another_model_is_refused(qwen2, checkpoint, change, mes
     with pytest.raises(ValueError, match=message):
         back(checkpoint, tmp_path / "hf", model_shape(AutoConfig.from_pretrained(source)), source)
     assert not (tmp_path / "hf").exists()
+
+
+def test_tensors_of_two_types_in_one_of_megatrons_are_refused_unless_one_is_chosen(qwen2, tmp_path):
+    source, shape = qwen2
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.2.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"stores model\.layers\.0.* as torch\.float32 and .*layers\.2.*--dtype"):
+        hf_to_megatron(source, tmp_path / "megatron", shape)
+    hf_to_megatron(source, tmp_path / "megatron", shape, dtype=torch.float32)
+
+
+def test_a_block_that_is_damaged_is_told(checkpoint, qwen2, tmp_path):
+    source, shape = qwen2
+    file = next(checkpoint.glob("*.distcp"))
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(ValueError, match=r"a block of embedding\.word_embeddings\.weight in .* cannot be read"):
+        back(checkpoint, tmp_path / "hf", shape, source)
+
+
+def test_what_a_cut_off_run_left_is_not_cleared_while_it_is_read(qwen2, tmp_path):
+    source, _ = qwen2
+    left = shutil.copytree(source, tmp_path / "new.partial")
+    result = program("hf-to-megatron", "--hf", left, "--out", tmp_path / "new")
+    assert result.returncode == 2 and "is what a cut-off run left for" in result.stderr
+    assert_same_folder(left, source)
+
+
+def test_verifying_unpickles_nothing_of_the_checkpoint(qwen2, tmp_path, monkeypatch):
+    source, shape = qwen2
+    real_save = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, *rest: real_save([Evil()] if value == [None] else value, *rest))
+    hf_to_megatron(source, tmp_path / "megatron", shape)
+    monkeypatch.undo()
+    ran = []
+    monkeypatch.setattr("builtins.print", lambda *words: ran.append(words))
+    prompt = torch.arange(7)
+    found = megatron_logits(tmp_path / "megatron", shape, [prompt], dtype=torch.float32)
+    assert not ran
+    torch.testing.assert_close(found, hf_logits(source, [prompt], dtype=torch.float32), rtol=0, atol=1e-4)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(qwen2, checkpoint, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from searche1.packing import (
     make_batches,
     make_pair_batches,
     pack,
+    plan,
     row_weights,
     sample_of,
     share_of_rank,
@@ -235,3 +236,16 @@ def test_teacher_rows_are_the_students_rows_behind_another_prompt(students, spli
                 assert privileged[0] == prompts[owner] + context[len(students[owner].prompt_ids) :]
                 seen.append((context, mine[1], owner))
     assert sorted(seen) == sorted(policy_tokens(students))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_all_ranks_make_as_many_micro_batches(num_ranks):
+    """Ranks that share experts meet in every pass: one more on one of them would wait for ever."""
+    lengths = [10, 6, 6, 3, 9, 9, 1]
+    plans = [plan(lengths, 10, 1, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert len({len(bins) for bins in plans}) == 1
+    assert sorted(i for bins in plans for members in bins for i in members) == list(range(len(lengths)))
+    for bins in plans:
+        filled = [members for members in bins if members]
+        assert bins[: len(filled)] == filled
+    assert [len(bins) for bins in (plan([10, 6, 6], 10, 1, rank=rank, num_ranks=2) for rank in (0, 1))] == [2, 2]
