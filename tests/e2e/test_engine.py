@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import make_model as make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -298,3 +301,23 @@ def test_an_engine_that_dies_tells_why(engine):
         engine.load_weights([[("model.embed_tokens.weight", torch.zeros(3, 4))]], version="broken")
     with pytest.raises(EngineError, match="failed"):
         complete(engine, [[1, 2, 3]])
+
+
+def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):
+    """Its weights are sent under the names of a checkpoint, each expert apart; the engine holds them fused."""
+    models = [make_tiny(tmp_path / f"model{seed}", "qwen3_moe", tied=False, seed=seed) for seed in (0, 1)]
+    for model in models:
+        for file in folder.glob("*token*"):
+            shutil.copy(file, model)
+    ids = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    options = {**start_options(models[0], tmp_path / "engine.log"), "context_length": 256}
+    with start_engine(**options) as engine:
+        engine.wait_until_ready(timeout_s=300)
+        for version, model in enumerate(models):
+            if version:
+                tensors = list(load_file(model / "model.safetensors").items())
+                engine.load_weights([tensors[:20], tensors[20:]], version="1")
+                engine.flush_cache()
+            expected = true_logprobs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), ids)
+            found = torch.tensor(engine.logprobs([ids])[0][-len(expected) :])
+            assert (expected - found).abs().max() < TOLERANCE

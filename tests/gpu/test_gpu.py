@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from tiny_models import make_model
 
+from megatron_ext.convert import RELEASE, hf_to_megatron
+from megatron_ext.hf_io import HFReader, hf_tensors
 from megatron_ext.lora import LoraSettings
-from megatron_ext.model import has_transformer_engine
+from megatron_ext.model import ModelSettings, build_model, has_transformer_engine
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from megatron_ext.vocab_parallel import TokenLogprobs
 from searche1.config import OPSDConfig, TrainConfig
 from searche1.opsd import opsd_metrics
 from searche1.packing import Sample, make_batches, row_weights
-from searche1.policy import Policy
+from searche1.policy import Policy, read_shape
 from searche1.rollout.engine import start_engine
 from searche1.rollout.servers import buckets
 
@@ -134,3 +138,19 @@ def test_the_layer_spec_says_what_it_uses(layout: Layout) -> None:
     names = {type(module).__name__ for module in policy._model.modules()}
     assert ("TEDotProductAttention" in names) == has_transformer_engine()
     assert ("PackedSelfAttention" in names) != has_transformer_engine()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_converted_checkpoint_has_all_that_the_layers_of_this_gpu_ask_for(
+    layout: Layout, tmp_path: Path, family: str
+) -> None:
+    """With Transformer Engine these are states of fp8 and grouped experts, which a CPU has not."""
+    source = make_model(tmp_path / "source", family, tied=False)
+    shape = read_shape(source)
+    hf_to_megatron(source, tmp_path / "megatron", shape)
+    model = build_model(shape, ModelSettings(torch.float32, "none"), layout)
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(tmp_path / "megatron" / RELEASE))
+    model.load_state_dict(loaded["model"])
+    reader = HFReader(source)
+    for name, tensor in hf_tensors(model, shape, layout):
+        assert torch.equal(tensor.cpu(), reader.tensor(name)), name
