@@ -116,7 +116,7 @@ class TorchDistReader:
             raise ValueError(f"{self.folder} is not whole: parts of {name} at {tuple(place)} were never written")
         pieces = [_narrow(self._blob(item.storage_index), item.storage_offsets, item.lengths) for item in items]
         if len(pieces) == 1:
-            return pieces[0].view(size)
+            return pieces[0].reshape(size)
         found = torch.empty(sizes, dtype=stored.properties.dtype)
         for item, piece in zip(items, pieces, strict=True):
             _narrow(found, item.dest_offsets, item.lengths).copy_(piece)
