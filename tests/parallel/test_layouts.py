@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("worker.py")
 DENSE = ("tied", "untied", "qwen3")  # Qwen2 with and without a head of its own; queries and keys with norms
 EXPERTS = ("qwen3_moe",)
+CONVERTED = ("llama", "mistral")  # of the same structure as qwen2 for training: loaded and saved only
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ SETUPS = {
     "pipeline x experts": Setup(1, 2, False, 4, expert=2, models=EXPERTS),
 }
 CASES = [(layout, model) for layout, setup in SETUPS.items() for model in setup.models if layout != "single"]
+CONVERTING = [
+    *CASES,
+    *((layout, model) for layout in ("tensor", "pipeline", "tensor x pipeline") for model in CONVERTED),
+]
 CONTINUED = [(layout, model) for layout, model in CASES if SETUPS[layout].continues]
 Results = Callable[[str], Path]
 
@@ -57,7 +62,7 @@ Results = Callable[[str], Path]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The folder of a layout's results; each layout runs once, when it is first asked for."""
     root = tmp_path_factory.mktemp("layouts")
-    for model in DENSE + EXPERTS:
+    for model in DENSE + EXPERTS + CONVERTED:
         if model in ("tied", "untied"):
             folder = make_qwen2(root / "models" / model, tied=model == "tied")
         else:
@@ -74,7 +79,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             return out
         setup = SETUPS[name]
         sizes = [setup.tensor, setup.pipeline, int(setup.sequence), setup.expert]
-        arguments = [root, out, *sizes, ",".join(setup.models)]
+        converted = [model for layout, model in CONVERTING if layout == name and model in CONVERTED]
+        arguments = [root, out, *sizes, ",".join(setup.models), ",".join(converted)]
         if setup.continues:
             arguments.append(run(setup.continues))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -181,7 +187,7 @@ def test_an_adapter_in_megatrons_shards_is_the_one_in_pefts_format(results, layo
     assert_close(weights(folder, "reloaded"), weights(folder, "opsd"), atol=0)
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES)
+@pytest.mark.parametrize(("layout", "model"), CONVERTING)
 def test_a_converted_checkpoint_is_loaded_and_saved_to_the_same_bits(results, layout, model):
     root, folder = results(layout).parent, results(layout) / model
     source = root / "models" / model

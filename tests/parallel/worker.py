@@ -1,8 +1,9 @@
 """One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0.
 
-Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT MODELS [RESULTS_TO_CONTINUE].
-Each of MODELS (names with commas between) in ROOT/models is trained on, and loaded from ROOT/converted; OUT_DIR gets a
-folder of results for each. RESULTS_TO_CONTINUE is the OUT_DIR of another layout, whose checkpoints are continued.
+Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT MODELS CONVERTED [RESULTS_TO_CONTINUE].
+Each of MODELS (names with commas between) in ROOT/models is trained on, and loaded from ROOT/converted; each of
+CONVERTED is only loaded. OUT_DIR gets a folder of results for each. RESULTS_TO_CONTINUE is the OUT_DIR of another
+layout, whose checkpoints are continued.
 """
 
 import json
@@ -135,10 +136,14 @@ def main() -> None:
     root, out = Path(sys.argv[1]), Path(sys.argv[2])
     tensor, pipeline, sequence, expert = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1", int(sys.argv[6])
     layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, device="cpu")
-    for name in sys.argv[7].split(","):
+    trained, only_converted = (words.split(",") if words else [] for words in sys.argv[7:9])
+    for name in trained + only_converted:
         model = root / "models" / name
-        checkpoint = Path(sys.argv[8]) / name / "checkpoint" if len(sys.argv) > 8 else None
-        train(model, out / name, layout, checkpoint)
+        if name in trained:
+            checkpoint = Path(sys.argv[9]) / name / "checkpoint" if len(sys.argv) > 9 else None
+            train(model, out / name, layout, checkpoint)
+        elif layout.is_writer:
+            (out / name).mkdir(parents=True)
         convert(model, root / "converted" / name, out / name, layout)
     close_parallel()
 
