@@ -58,6 +58,7 @@ class ModelConfig:
 class ParallelConfig:
     tensor: int = 1  # tensor-parallel ranks; must divide heads and key-value heads
     pipeline: int = 1  # pipeline stages; must divide the number of layers
+    context: int = 1  # context-parallel ranks that share every packed sequence; for long teacher prompts
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     expert: int = 1  # data-parallel ranks that share the experts of a mixture-of-experts model between them
 
@@ -67,6 +68,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 on a GPU (main parameters float32), else float32
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
     recompute: str = "none"  # activation recompute: none, selective or full
+    offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), on or off
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
     logits_chunk: int = 2048  # rows per language-model-head chunk, unless materialized; bounds logit memory
@@ -78,7 +80,8 @@ class TrainConfig:
 class EngineConfig:
     port: int = 0  # first HTTP port of the engines; 0 picks a free one
     tensor: int = 1  # tensor-parallel size of one SGLang engine
-    count: int = 1  # engines on this node
+    count: int = 0  # engines in all; 0: as many as the job's GPUs hold, one on a CPU
+    urls: list[str] = field(default_factory=list)  # SGLang servers started elsewhere; they take weights from a folder
     mem_fraction: float = 0.6  # share of GPU memory an engine may take
     max_total_tokens: int = 0  # size of the key-value cache in tokens; 0 lets SGLang decide
     max_running: int = 256  # requests decoded together
@@ -100,7 +103,7 @@ class RolloutConfig:
     max_observation_tokens: int = 500  # per observation, wrapper included (Search-R1)
     max_start_tokens: int = 2048  # initial prompt kept, cut on the left (Search-R1)
     max_context_tokens: int = 4096  # rolling context cut on the left, whole response cut on the right (Search-R1)
-    max_in_flight: int = 512  # trajectories sampled at once
+    max_in_flight: int = 512  # trajectories under way at once on one engine; some of them search meanwhile
     max_errors: float = 0.2  # share of trajectories that may fail for engine or retriever faults before the run stops
 
 
@@ -268,6 +271,7 @@ CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "train.dtype": ("auto", "float32", "bfloat16"),
     "train.recompute": ("none", "selective", "full"),
+    "train.offload": ("auto", "on", "off"),
     "train.loss_mode": ("chunked", "recompute", "materialized"),
     "grpo.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.loss_norm": ("token_mean", "sequence_mean"),
@@ -279,6 +283,7 @@ MAY_BE_ZERO = {
     "run.seed",
     "train.sync_tolerance",
     "engine.port",
+    "engine.count",
     "engine.max_total_tokens",
     "rollout.max_errors",
     "retriever.port",

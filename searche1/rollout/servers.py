@@ -65,9 +65,9 @@ def start_servers(
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     started = time.monotonic()
-    tell(f"starting {config.engine.count} SGLang engine(s) and the retriever, logs in {log_dir}")
+    tell(f"starting {config.engine.count or 1} SGLang engine(s) and the retriever, logs in {log_dir}")
     engines = []
-    for number in range(config.engine.count):
+    for number in range(config.engine.count or 1):
         engine = start_engine(
             model_path=model_path,
             device=f"cuda:{number * config.engine.tensor}" if device == "cuda" else device,
