@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.buckets import Bucket, stream_buckets
 from megatron_ext.hf_mapping import (
     EMBEDDING,
     HEAD,
@@ -37,6 +38,7 @@ SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # config, tokenizer, chat template, generation config
 SHARD_BYTES = 4 << 30
+BUCKET_BYTES = 256 << 20  # tensors on their way to a file
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -147,29 +149,51 @@ def load_hf_weights(model: HiddenStateModel, folder: Path, shape: ModelShape, la
         model.output_layer.weight.copy_(embedding)
 
 
-@torch.no_grad()
 def hf_tensors(model: HiddenStateModel, shape: ModelShape, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Whole HuggingFace tensors, adapters merged in float32, one after another on rank 0.
 
-    Collective: every rank must exhaust the iterator; all but rank 0 get nothing. Gathers over tensor- and
-    expert-parallel ranks, walks over pipeline stages.
+    Collective: every rank must exhaust the iterator; all but rank 0 get nothing.
+    """
+    for bucket in hf_buckets(model, shape, layout, bucket_bytes=BUCKET_BYTES, everywhere=False):
+        yield from bucket.tensors()
+
+
+def hf_buckets(
+    model: HiddenStateModel,
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    bucket_bytes: int,
+    everywhere: bool,
+    only_adapted: bool = False,
+) -> Iterator[Bucket]:
+    """Whole HuggingFace tensors, adapters merged in float32, in buckets. Collective, see `stream_buckets`.
+
+    Gathers over tensor- and expert-parallel ranks, walks over pipeline stages. `only_adapted` leaves out what no
+    adapter changes.
     """
     modules = dict(model.named_modules())
 
-    def local_tensor(name: str, parameter: Tensor) -> Tensor:
-        adapter = modules[name.rpartition(".")[0]]._modules.get("lora") if name.endswith(".weight") else None
-        if not isinstance(adapter, Adapter):
+    def adapter_of(name: str) -> Adapter | None:
+        found = modules[name.rpartition(".")[0]]._modules.get("lora") if name.endswith(".weight") else None
+        return found if isinstance(found, Adapter) else None
+
+    def merged(parameter: Tensor, adapter: Adapter | None) -> Tensor:
+        if adapter is None:
             return parameter.detach()
         return (parameter.float() + adapter.weight_delta()).to(parameter.dtype)
 
     def export() -> Iterator[tuple[str, Tensor]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for rule, parameter in local_rules(model, shape):
-            shards = gather_shards(local_tensor(names[id(parameter)], parameter), layout)
+            adapter = adapter_of(names[id(parameter)])
+            if only_adapted and adapter is None:
+                continue
+            shards = gather_shards(merged(parameter, adapter), layout)
             for owner, whole in gather_experts(rule, from_shards(rule, shards, shape), shape, layout):
                 yield from zip(owner.hf, whole, strict=True)
 
-    yield from walk_stages(export, layout)
+    return stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=everywhere)
 
 
 def gather_experts(
@@ -197,38 +221,6 @@ def gather_shards(local: Tensor, layout: Layout) -> list[Tensor]:
     shards = [torch.empty_like(local) for _ in range(layout.tensor)]
     dist.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
     return shards
-
-
-def walk_stages(export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Run `export` on each pipeline stage in turn and hand its tensors to rank 0."""
-    if layout.data_rank >= layout.expert:  # the first replica, and those that hold its experts with it
-        return
-    group = parallel_state.get_pipeline_model_parallel_group()
-    for stage in range(layout.pipeline):
-        source = dist.get_global_rank(group, stage)
-        if stage == 0:
-            for item in export() if layout.pipeline_rank == 0 else ():
-                if layout.is_writer:
-                    yield item
-            continue
-        if layout.pipeline_rank == stage:
-            for name, tensor in export():
-                if layout.tensor_rank == layout.data_rank == 0:
-                    header = [(name, tuple(tensor.shape), tensor.dtype)]
-                    dist.send_object_list(header, dst=0)
-                    dist.send(tensor.contiguous(), dst=0)
-            if layout.tensor_rank == layout.data_rank == 0:
-                dist.send_object_list([None], dst=0)
-        elif layout.is_writer:
-            while True:
-                received: list[Any] = [None]
-                dist.recv_object_list(received, src=source)
-                if received[0] is None:
-                    break
-                name, size, dtype = received[0]
-                tensor = torch.empty(size, dtype=dtype, device=layout.device)
-                dist.recv(tensor, src=source)
-                yield name, tensor
 
 
 def save_hf(

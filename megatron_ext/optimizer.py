@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,13 @@ def apply_update(optimizer: MegatronOptimizer, *, lr: float) -> UpdateResult:
         return UpdateResult(False, grad_norm)
     is_applied, _, _ = optimizer.step()
     return UpdateResult(is_applied, grad_norm)
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Main parameters and Adam's state of this rank, as far as they exist: the state appears in the first step."""
+    inner = [o.optimizer for o in getattr(optimizer, "chained_optimizers", [optimizer])]
+    tensors: list[Tensor] = []
+    for adam in inner:
+        tensors += [p for group in adam.param_groups for p in group["params"]]
+        tensors += [t for state in adam.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return tensors

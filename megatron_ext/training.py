@@ -49,6 +49,11 @@ def wrap_data_parallel(model: HiddenStateModel, *, distributed_optimizer: bool) 
     return DistributedDataParallel(model.config, config, model)
 
 
+def gradients(model: DistributedDataParallel) -> list[Tensor]:
+    """The buffers that hold all gradients of this rank."""
+    return [buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+
+
 def run_schedule(
     model: torch.nn.Module, batches: Sequence[MicroBatch], on_rows: RowsFunction, layout: Layout, *, forward_only: bool
 ) -> list[Any]:

@@ -68,11 +68,11 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 on a GPU (main parameters float32), else float32
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
     recompute: str = "none"  # activation recompute: none, selective or full
-    offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), on or off
+    offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), always or never
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
     logits_chunk: int = 2048  # rows per language-model-head chunk, unless materialized; bounds logit memory
-    timeout_s: float = 86400.0  # how long ranks wait for one another, rollouts that rank 0 drives included
+    timeout_s: float = 1800.0  # how long ranks wait for one another without a sign of progress
     sync_tolerance: float = 0.0  # mean |engine - trainer| logprob allowed after a sync; 0: 1e-4 float32, 0.05 bfloat16
 
 
@@ -86,6 +86,7 @@ class EngineConfig:
     max_total_tokens: int = 0  # size of the key-value cache in tokens; 0 lets SGLang decide
     max_running: int = 256  # requests decoded together
     sync_bucket_mb: int = 512  # size of one weight-sync bucket
+    verify_sync: str = "probe"  # probe: compare logprobs after a sync; exact: compare every weight as well
     start_timeout_s: float = 600.0  # how long an engine may take to become healthy
     request_timeout_s: float = 600.0  # how long one generation may take
     attention_backend: str = ""  # SGLang attention backend; empty chooses by device
@@ -271,8 +272,9 @@ CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "train.dtype": ("auto", "float32", "bfloat16"),
     "train.recompute": ("none", "selective", "full"),
-    "train.offload": ("auto", "on", "off"),
+    "train.offload": ("auto", "always", "never"),
     "train.loss_mode": ("chunked", "recompute", "materialized"),
+    "engine.verify_sync": ("probe", "exact"),
     "grpo.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.lr_decay": ("constant", "linear"),

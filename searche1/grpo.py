@@ -184,6 +184,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
                 title=f"{stage} step {step + 1}",
             )
         with phases("train"):
+            session.to_trainer(policy)
             lr = learning_rate(step, lr=settings.lr, warmup_ratio=settings.warmup_ratio, num_steps=settings.steps)
             updates = grpo_step(policy, reference, groups, config=config, lr=lr)
         if session.layout.is_writer:

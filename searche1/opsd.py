@@ -193,6 +193,7 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
         ),
         lora=LoraSettings(rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.run.seed + round_index),
     )
+    fresh = policy.snapshot()
     session.sync(policy, stage=stage)
     num_pairs_wanted = settings.max_steps * settings.pairs_per_step
     groups, pairs = collect_pairs(
@@ -202,7 +203,8 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
     if session.layout.is_writer and check is not None:
         atomic_write_json(folder / "teacher_check.json", {**asdict(check), "gap": check.gap})
     trained = session.from_writer(lambda: trained_pairs(session, pairs))
-    best = train_adapter(session, policy, trained, stage=stage, round_index=round_index)
+    best = train_adapter(session, policy, trained, fresh=fresh, stage=stage, round_index=round_index)
+    session.to_trainer(policy)
     policy.restore(best)
     policy.save_adapter(folder / "adapter")
     policy.save_hf(folder / "hf")
@@ -279,29 +281,37 @@ def trained_pairs(session: Session, pairs: Sequence[Pair]) -> list[TrainedPair]:
 
 
 def train_adapter(
-    session: Session, policy: Policy, pairs: Sequence[TrainedPair], *, stage: str, round_index: int
+    session: Session,
+    policy: Policy,
+    pairs: Sequence[TrainedPair],
+    *,
+    fresh: dict[str, Tensor],
+    stage: str,
+    round_index: int,
 ) -> dict[str, Tensor]:
     """Train, validate every few updates, and return the adapter with the best validation EM. Collective.
 
-    The fresh adapter (step 0) is a candidate; ties keep the earlier one.
+    The `fresh` adapter (step 0), which engines have, is a candidate; ties keep the earlier one.
     """
     settings = session.config.opsd
     order = batch_order(len(pairs), settings, seed=session.config.run.seed + round_index)
     best_em, best_step = validation_em(session, stage=stage, step=0), 0
     session.tell(f"{stage} step 0/{len(order)}  validation EM {best_em:.3f} (adapter off)")
-    best = policy.snapshot()
+    best = fresh
     for step, members in enumerate(order, start=1):
         phases = Phases()
         with phases("train"):
+            session.to_trainer(policy)
             lr = decayed(settings.lr, settings.lr_decay, step=step - 1, num_steps=len(order))
             metrics = opsd_step(policy, [pairs[k] for k in members], config=session.config, lr=lr)
         if step % settings.validate_every == 0 or step == len(order):
+            candidate = policy.snapshot()
             with phases("sync"):
                 session.sync(policy, stage=stage)
             with phases("validate"):
                 metrics["validation_em"] = validation_em(session, stage=stage, step=step)
             if metrics["validation_em"] > best_em:
-                best_em, best_step, best = metrics["validation_em"], step, policy.snapshot()
+                best_em, best_step, best = metrics["validation_em"], step, candidate
             session.tell(f"{stage} step {step}/{len(order)}  validation EM {metrics['validation_em']:.3f}")
         if session.metrics is not None:
             session.metrics.log(stage=stage, step=step, num_steps=len(order), values=metrics, seconds=phases.seconds)

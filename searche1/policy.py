@@ -16,8 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.buckets import Bucket, stream_buckets
 from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
-from megatron_ext.hf_io import TensorSpec, gather_shards, hf_tensors, load_hf_weights, save_hf, walk_stages
+from megatron_ext.hf_io import (
+    BUCKET_BYTES,
+    TensorSpec,
+    gather_shards,
+    hf_buckets,
+    hf_tensors,
+    load_hf_weights,
+    save_hf,
+)
 from megatron_ext.hf_mapping import ModelShape, hf_sizes, model_shape
 from megatron_ext.lora import (
     Adapter,
@@ -29,10 +38,11 @@ from megatron_ext.lora import (
     peft_config,
 )
 from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard
-from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer
+from megatron_ext.offload import HostOffload
+from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer, optimizer_tensors
 from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
 from megatron_ext.peft_io import fingerprint, write_peft_folder
-from megatron_ext.training import run_schedule, wrap_data_parallel
+from megatron_ext.training import gradients, run_schedule, wrap_data_parallel
 from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
 from searche1.config import TrainConfig
 from searche1.packing import PackedBatch
@@ -136,9 +146,15 @@ class Policy:
         self._lora = lora
         self._shard = vocab_shard(self.shape, layout)
         self._ddp = None
+        self._on_host: dict[str, HostOffload] = {}
         if optimizer is not None:
             self._ddp = wrap_data_parallel(self._model, distributed_optimizer=optimizer.distributed)
             self._optimizer = build_optimizer(self._ddp, optimizer, self.dtype)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether only an adapter is trained."""
+        return self._lora is not None
 
     # -- what a loss is made of -------------------------------------------------------------------
 
@@ -203,6 +219,7 @@ class Policy:
     def _forward(
         self, batches: Sequence[PackedBatch], rows: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
+        assert self.is_on_device
         self._model.eval()
         with out_of_memory_told(self._train):
             return run_schedule(self._model, [b.inputs for b in batches], rows, self.layout, forward_only=True)
@@ -227,6 +244,7 @@ class Policy:
         `grad_norm` and `is_skipped` (1 when a gradient was not finite and weights stayed) are added.
         """
         assert self._ddp is not None, "this policy was built without an optimizer"
+        assert self.is_on_device
         self._model.train()
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -265,11 +283,13 @@ class Policy:
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of this rank's trainable weights in host memory."""
+        assert self.is_on_device
         return {name: p.detach().to("cpu", copy=True) for name, p in self._model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Put a snapshot back. Optimizer state is left alone: use it to end a round, not to rewind one."""
+        assert self.is_on_device
         for name, parameter in self._model.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
@@ -284,11 +304,58 @@ class Policy:
         finally:
             self.restore(own)
 
+    # -- making room ------------------------------------------------------------------------------
+
+    def optimizer_to_host(self) -> int:
+        """Moves optimizer state to the host and frees the gradients' memory; returns the bytes that came free."""
+        if self._ddp is None:
+            return 0
+        weights = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        # In float32 the optimizer works on the weights themselves.
+        state = [t for t in optimizer_tensors(self._optimizer) if t.untyped_storage().data_ptr() not in weights]
+        return self._offload("optimizer", state) + self._offload("gradients", gradients(self._ddp), keep=False)
+
+    def weights_to_host(self) -> int:
+        """Moves weights and adapters to the host; returns the bytes that came free."""
+        return self._offload("weights", [*self._model.parameters(), *self._model.buffers()])
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether the weights are where passes and exports find them: memory that has moved is not there to read."""
+        return not ("weights" in self._on_host and self._on_host["weights"].is_offloaded)
+
+    def to_device(self) -> None:
+        """Brings back what is on the host; training and forward passes need all of it."""
+        for offload in self._on_host.values():
+            offload.back()
+
+    def _offload(self, what: str, tensors: Sequence[Tensor], *, keep: bool = True) -> int:
+        known = self._on_host.get(what)
+        if known is not None and known.is_offloaded:
+            return 0
+        fresh = HostOffload(tensors, keep_contents=keep)
+        if known is None or known.sizes != fresh.sizes:  # Adam makes its state in its first step
+            known = self._on_host[what] = fresh
+        return known.to_host()
+
     # -- out of the trainer -----------------------------------------------------------------------
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """HuggingFace-named whole tensors, adapters merged in float32, on rank 0. Collective: exhaust it."""
+        assert self.is_on_device
         return hf_tensors(self._model, self.shape, self.layout)
+
+    def hf_buckets(self, *, bucket_bytes: int, only_adapted: bool = False) -> Iterator[Bucket]:
+        """The same on every rank, in flat buckets; `only_adapted` leaves out what no adapter changes. Collective."""
+        assert self.is_on_device
+        return hf_buckets(
+            self._model,
+            self.shape,
+            self.layout,
+            bucket_bytes=bucket_bytes,
+            everywhere=True,
+            only_adapted=only_adapted,
+        )
 
     def save_hf(self, folder: Path) -> None:
         """A HuggingFace folder with merged weights and this model's config and tokenizer. Collective."""
@@ -302,13 +369,14 @@ class Policy:
 
     def save_adapter(self, folder: Path) -> None:
         """The adapter in PEFT's format. Collective."""
-        assert self._lora is not None
+        assert self._lora is not None and self.is_on_device
 
         def export() -> Iterator[tuple[str, Tensor]]:
             for adapter in adapters(self._model):
                 yield from self._peft_tensors(adapter)
 
-        tensors = dict(walk_stages(export, self.layout))
+        buckets = stream_buckets(export, self.layout, bucket_bytes=BUCKET_BYTES, everywhere=False)
+        tensors = dict(tensor for bucket in buckets for tensor in bucket.tensors())
         if self.layout.is_writer:
             write_peft_folder(folder, tensors, peft_config(self._lora, self.shape), base=self.model_path)
         dist.barrier()
@@ -319,7 +387,7 @@ class Policy:
 
     def save_checkpoint(self, folder: Path, *, step: int) -> None:
         """Megatron dist_checkpoint of weights and optimizer, readable in any layout. Collective."""
-        assert self._ddp is not None
+        assert self._ddp is not None and self.is_on_device
         state: dict[str, Any] = {"step": step, "version": self.version}
         if self._lora is not None:
             lora = {

@@ -16,26 +16,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from megatron_ext.vocab_parallel import native
+from searche1.colocation import Phase
 from searche1.config import Config
 from searche1.data import load_questions
+from searche1.engines import Engines, places_of
 from searche1.metrics import MetricsLog
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, check_model, resolve_model, train_dtype
 from searche1.prompts import encode_prompt
-from searche1.rollout.sampler import Start
-from searche1.rollout.servers import Servers, longest_context, start_servers
+from searche1.ranks import Ranks
+from searche1.rollout.sampler import NoEngineLeft, Rollouts, Sampler, Start
+from searche1.rollout.servers import longest_context
 from searche1.runs import Run, only_run_in, open_run
 from searche1.types import Group, Question, SharedError, UserError
 
 T = TypeVar("T")
 
+MAX_RESTARTS = 3  # of engines in one rollout: a fault that comes back is not mended by another start
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
@@ -72,6 +75,7 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
             f"a trajectory may have {longest} tokens (rollout.max_start_tokens + rollout.max_context_tokens) but "
             f"train.max_tokens={config.train.max_tokens} is the memory budget of a micro-batch; raise it or lower them"
         )
+    places_of(config, device=layout.device.type, world_size=layout.tensor * layout.pipeline * layout.data)
     needed = longest_context(config) + config.rollout.max_response_tokens
     if 0 < config.engine.max_total_tokens < needed:
         raise UserError(
@@ -115,34 +119,43 @@ class Session:
         except ValueError as error:
             raise SharedError(str(error)) from error
         stack.callback(close_parallel)
+        self.ranks = Ranks(self.layout, timeout_s=config.train.timeout_s)
         self.from_writer(prepare)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
         # Before the run directory holds these settings, which it would then insist on.
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
         self.run: Run = self.from_writer(lambda: self._open_run(stack))
-        self.servers: Servers | None = None  # on rank 0
         self.metrics: MetricsLog | None = None  # on rank 0
-        self._probe_ids: list[tuple[int, ...]] = []
-        self.from_writer(lambda: self._start(stack, probe_file=getattr(config.data, needs[0])))
+        if self.layout.is_writer:
+            log = MetricsLog(self.run.metrics_path, console=self.console)
+            self.metrics = stack.enter_context(contextlib.closing(log))
+        started = time.monotonic()
+        number = len(config.engine.urls) or len(places_of(config, device=device, world_size=self.ranks.world_size))
+        self.tell(f"starting {number} SGLang engine(s) and the retriever, logs in {self.run.directory / 'logs'}")
+        self.engines = Engines(
+            config,
+            self.ranks,
+            model_path=self.model_path,
+            device=self.layout.device,
+            dtype=str(train_dtype(config.train, self.layout.device)).removeprefix("torch."),
+            directory=self.run.directory,
+            stack=stack,
+            tell=self.tell,
+        )
+        self.tell(f"retriever and {number} SGLang engine(s) ready ({time.monotonic() - started:.0f} s)")
+        self.servers = self.engines.servers  # on rank 0
+        self._synced: tuple[Policy, str] | None = None  # whose weights the engines have, and for which stage
+        # Prompts, until there are trajectories.
+        probe_file = getattr(config.data, needs[0])
+        self._probe_ids = self.from_writer(lambda: self._prompts(probe_file))
 
     def _open_run(self, stack: contextlib.ExitStack) -> Run:
         stack.enter_context(only_run_in(Path(self.config.run.out)))
         return open_run(self.config.run.out, self.config)
 
-    def _start(self, stack: contextlib.ExitStack, *, probe_file: str) -> None:
-        """Rank 0's part: the record, the servers, and what to probe the first sync with."""
-        self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.run.metrics_path, console=self.console)))
-        self.servers = start_servers(
-            self.config,
-            model_path=self.model_path,
-            device=self.layout.device.type,
-            dtype=str(train_dtype(self.config.train, self.layout.device)).removeprefix("torch."),
-            log_dir=self.run.directory / "logs",
-            stack=stack,
-            tell=self.tell,
-        )
-        # Prompts, until there are trajectories.
-        self._probe_ids = [self.servers.student_prompt(q) for q in load_questions(probe_file)[:PROBE_SEQUENCES]]
+    def _prompts(self, file: str) -> list[tuple[int, ...]]:
+        assert self.servers is not None
+        return [self.servers.student_prompt(question) for question in load_questions(file)[:PROBE_SEQUENCES]]
 
     # -- talking ----------------------------------------------------------------------------------
 
@@ -152,21 +165,8 @@ class Session:
             self.console.print(message, markup=False, soft_wrap=True)
 
     def from_writer(self, function: Callable[[], T]) -> T:
-        """The result of `function` on rank 0, on every rank. Collective. Its UserError is raised on every rank,
-        as a SharedError.
-        """
-        outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
-        if self.layout.is_writer:
-            try:
-                outcome = [(function(), None)]
-            except UserError as error:
-                outcome = [(None, error)]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        value, problem = outcome[0]
-        if problem is not None:
-            raise SharedError(str(problem)) from problem
-        return value  # type: ignore[return-value]
+        """The result of `function` on rank 0, on every rank; see `Ranks.from_writer`. Collective."""
+        return self.ranks.from_writer(function)
 
     # -- policies and engines ---------------------------------------------------------------------
 
@@ -174,6 +174,8 @@ class Session:
         self, model_path: Path, *, optimizer: OptimizerSettings | None, lora: LoraSettings | None = None
     ) -> Policy:
         """A policy from a HuggingFace folder in this run's layout. Collective."""
+        self._synced = None
+        self.engines.colocation.to(Phase.TRAIN, None)
         gc.collect()  # the model of the stage before is cyclic garbage, and its memory is needed now
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -183,30 +185,34 @@ class Session:
             model_path=model_path, layout=self.layout, train=self.config.train, optimizer=optimizer, lora=lora
         )
 
+    def to_trainer(self, policy: Policy) -> None:
+        """The GPUs belong to the policy until the next sync. Collective."""
+        self.engines.colocation.to(Phase.TRAIN, policy)
+
     def sync(self, policy: Policy, *, stage: str) -> None:
-        """Put the policy's merged weights into every engine and prove it. Collective.
+        """Put the policy's merged weights into every engine and prove it; the GPUs are the engines' then. Collective.
 
-        Raises UserError if engine and trainer logprobs then differ beyond tolerance.
+        Engines that have died are started again. Raises UserError if engine and trainer logprobs then differ beyond
+        tolerance.
         """
-        version = f"{stage}:{policy.version}"
-        weights = policy.hf_weights()
-        problem: UserError | None = None
-        if self.servers is not None:
-            try:
-                self.servers.load_weights(weights, version=version)
-            except UserError as error:
-                problem = error
-        for _ in weights:  # this rank's part of the gathering, or what an engine's fault left of it
-            pass
-        self.from_writer(lambda: _raise(problem))
-        self._probe(policy)
+        colocation = self.engines.colocation
+        is_fresh = self.engines.mend(policy)
+        has_base = colocation.keeps_engine_weights and not is_fresh
+        only_adapted = has_base and policy.has_adapters and self._synced is not None and self._synced[0] is policy
+        if colocation.phase is Phase.ROLLOUT:
+            self.to_trainer(policy)  # weights that are loaded beside a cache might not fit
+        colocation.to(Phase.SYNC, policy)
+        self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=only_adapted)
+        expected = self._probe(policy)
+        colocation.to(Phase.ROLLOUT, policy)
+        self.from_writer(lambda: self._compare(expected, policy.dtype))
+        self._synced = policy, stage
 
-    def _probe(self, policy: Policy) -> None:
-        """Compare logprobs of a few sequences between engines and trainer: a silent sync fault trains on garbage."""
-        ids = self.from_writer(lambda: self._probe_ids)
-        if not ids:
-            return
-        samples = [Sample(x[:1], x[1:], (True,) * (len(x) - 1)) for x in ids]
+    def _probe(self, policy: Policy) -> list[list[float]]:
+        """The trainer's logprobs of a few sequences. Collective."""
+        if not self._probe_ids:
+            return []
+        samples = [Sample(x[:1], x[1:], (True,) * (len(x) - 1)) for x in self._probe_ids]
         batches = make_batches(
             samples,
             row_weights(samples, "token_mean"),
@@ -215,22 +221,23 @@ class Session:
             rank=0,
             num_ranks=1,
         )
-        trainer = policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
+        return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
 
-        def compare() -> None:
-            tolerance = self.config.train.sync_tolerance or (1e-4 if policy.dtype == torch.float32 else 0.05)
-            assert self.servers is not None
-            for number, engine in enumerate(self.servers.engines):
-                for trainer_row, engine_row in zip(trainer, engine.logprobs([list(x) for x in ids]), strict=True):
-                    gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
-                    if not gap <= tolerance:  # NaN too
-                        raise UserError(
-                            f"after the weight sync engine {number} and the trainer differ by {gap:.2e} per logprob, "
-                            f"more than {tolerance:.0e}; the weights did not arrive whole. "
-                            f"See logs/engine{number}.log; train.sync_tolerance changes the limit"
-                        )
-
-        self.from_writer(compare)
+    def _compare(self, expected: list[list[float]], dtype: torch.dtype) -> None:
+        """Raises UserError if an engine has other logprobs: a silent sync fault trains on garbage. On rank 0."""
+        assert self.servers is not None
+        tolerance = self.config.train.sync_tolerance or (1e-4 if dtype == torch.float32 else 0.05)
+        ids = [list(x) for x in self._probe_ids]
+        for number, engine in enumerate(self.servers.fleet.engines if ids else ()):
+            for trainer_row, engine_row in zip(expected, engine.logprobs(ids), strict=True):
+                gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
+                if not gap <= tolerance:  # NaN too
+                    raise UserError(
+                        f"after the weight sync engine {number} and the trainer differ by {gap:.2e} per logprob, "
+                        f"more than {tolerance:.0e}; the weights did not arrive whole. See logs/engine{number}.log; "
+                        "engine.verify_sync=exact names the tensor, train.sync_tolerance changes the limit"
+                    )
+            self.ranks.beat()
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -239,14 +246,12 @@ class Session:
     ) -> list[Group]:
         """`samples` scored trajectories per question, from the weights of the last sync. Collective."""
 
-        def run() -> list[Group]:
+        def begin() -> tuple[Sampler, Rollouts]:
             assert self.servers is not None
-            with progress_line(self.console, title) as progress:
-                return self.servers.student.groups(
-                    questions, samples=samples, temperature=temperature, seed=seed, progress=progress
-                )
+            sampler = self.servers.student
+            return sampler, Rollouts(sampler.starts(questions), samples)
 
-        groups = self.from_writer(run)
+        groups = self._sample(begin, temperature=temperature, seed=seed, title=title)
         self._remember_for_probe(groups)
         return groups
 
@@ -255,14 +260,38 @@ class Session:
     ) -> list[Group]:
         """Trajectories continued from given prompts and spans, which may hold a reference. Collective."""
 
-        def run() -> list[Group]:
+        def begin() -> tuple[Sampler, Rollouts]:
             assert self.servers is not None
-            with progress_line(self.console, title) as progress:
-                return self.servers.teacher.sample(
-                    starts, samples=samples, temperature=temperature, seed=seed, progress=progress
-                )
+            return self.servers.teacher, Rollouts(starts, samples)
 
-        return self.from_writer(run)
+        return self._sample(begin, temperature=temperature, seed=seed, title=title)
+
+    def _sample(
+        self, begin: Callable[[], tuple[Sampler, Rollouts]], *, temperature: float, seed: int, title: str
+    ) -> list[Group]:
+        """Sample to the end, also when no engine is left on the way: they are started again. Collective."""
+        assert self._synced is not None, "engines have weights after a sync"
+        work = begin() if self.layout.is_writer else None
+
+        def run() -> list[Group] | None:
+            assert work is not None
+            sampler, rollouts = work
+            with progress_line(self.console, title, self.ranks.beat) as progress:
+                try:
+                    return sampler.sample(rollouts, temperature=temperature, seed=seed, progress=progress)
+                except NoEngineLeft as error:
+                    attempts.append(str(error))
+                    if len(attempts) > MAX_RESTARTS:
+                        raise UserError(
+                            f"engines have died {len(attempts)} times during {title}; the last fault: {error}"
+                        ) from error
+                    return None
+
+        attempts: list[str] = []
+        while (groups := self.from_writer(run)) is None:
+            policy, stage = self._synced
+            self.sync(policy, stage=stage)
+        return groups
 
     def _remember_for_probe(self, groups: Sequence[Group]) -> None:
         found = (
@@ -274,19 +303,17 @@ class Session:
         self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
 
 
-def _raise(problem: UserError | None) -> None:
-    if problem is not None:
-        raise problem
-
-
 @contextlib.contextmanager
-def progress_line(console: Console, title: str) -> Iterator[Callable[[int, int, float], None]]:
+def progress_line(
+    console: Console, title: str, beat: Callable[[], None]
+) -> Iterator[Callable[[int, int, float], None]]:
     """A line that says how far a long rollout is; rewritten in place on a terminal, every 10 s elsewhere."""
     started = last = time.monotonic()
     is_terminal = console.is_terminal
 
     def progress(done: int, total: int, mean_reward: float) -> None:
         nonlocal last
+        beat()
         now = time.monotonic()
         if now - last < (0.5 if is_terminal else 10.0):
             return

@@ -19,8 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,15 @@ import requests
 import torch
 import torch.multiprocessing  # registers how tensors travel between processes
 
+from megatron_ext.buckets import Bucket
 from searche1.types import Completion, UserError
 
 CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and SGLang's own choice is most of memory
 LOG_TAIL_LINES = 20
 STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
+WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
+COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
 
 _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 _PR_SET_PDEATHSIG = 1
@@ -46,29 +48,35 @@ class EngineError(UserError):
     """An engine refused, failed or died. A trajectory it happens to is an error, never an empty completion."""
 
 
+class EngineLost(EngineError):
+    """An engine does not answer any more: whatever it was doing has to be done by another."""
+
+
 class Engine:
-    """One SGLang server. `start_engine` makes it; `with` or `stop()` ends it, and so does our own end."""
+    """One SGLang server, as its client sees it, and its process where we started it.
+
+    `start_engine` makes a process; `with` or `stop()` ends it, and so does our own end.
+    """
 
     def __init__(
         self,
         *,
-        process: subprocess.Popen[bytes],
         url: str,
-        log_path: Path,
-        device: str,
-        tensor: int,
-        request_timeout_s: float,
+        log_path: Path | None = None,
+        request_timeout_s: float = 600.0,
+        launch: Callable[[], subprocess.Popen[bytes]] | None = None,
     ) -> None:
+        """A client of the server at `url`; with `launch`, which starts it, its owner too."""
         self.url = url
         self.log_path = log_path
-        self._process = process
-        self._is_cpu = device == "cpu"
-        self._tensor = tensor
+        self._launch = launch
+        self._process = launch() if launch else None
         self._request_timeout_s = request_timeout_s
         self._http = requests.Session()
         self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
-        self._has_weights = True
-        atexit.register(self.stop)
+        self._has_sessions = False
+        if launch:
+            atexit.register(self.stop)
 
     def __enter__(self) -> Engine:
         return self
@@ -80,7 +88,7 @@ class Engine:
         """Returns when the server has generated a first token. `progress` gets the seconds waited so far."""
         start = time.monotonic()
         while (waited := time.monotonic() - start) < timeout_s:
-            if self._process.poll() is not None:
+            if self.has_stopped():
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
                 if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
@@ -112,7 +120,6 @@ class Engine:
         `seed` (below 2**31) and a token's position decide its draw where SGLang samples deterministically: always on
         a CPU. Raises EngineError.
         """
-        assert self._has_weights, "load_weights() comes before generate() after wake()"
         request = {
             "input_ids": list(token_ids),
             "return_logprob": True,
@@ -131,16 +138,15 @@ class Engine:
             async with session.post(f"{self.url}/generate", json=request, timeout=timeout) as response:
                 status, body = response.status, await response.text(errors="replace")
         except TimeoutError as error:
-            raise EngineError(f"{self.url} did not complete a turn within {self._request_timeout_s:g} s") from error
+            raise EngineLost(f"{self.url} did not complete a turn within {self._request_timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            raise EngineError(f"{self.url} failed: {type(error).__name__}: {error}\n{self._last_words()}") from error
+            raise EngineLost(f"{self.url} failed: {type(error).__name__}: {error}\n{self._last_words()}") from error
         if status != 200:
             raise EngineError(f"{self.url} refused a completion with HTTP status {status}: {body[:500]}")
         return parse_completion(json.loads(body))
 
     def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Logprobs of every id but the first, given the ids before it; one list a sequence."""
-        assert self._has_weights, "load_weights() comes before logprobs() after wake()"
         request = {
             "input_ids": [list(ids) for ids in token_ids],
             "return_logprob": True,
@@ -150,25 +156,40 @@ class Engine:
         answers = self._post("/generate", request).json()
         return [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers]
 
-    def load_weights(self, buckets: Iterable[list[tuple[str, torch.Tensor]]], *, version: str) -> None:
-        """Replaces the weights by HuggingFace-named tensors; later completions carry `version`.
-
-        A bucket's tensors must stay untouched until the next bucket is asked for. No request may be under way.
-        On a GPU only handles travel, so the tensors must be on a device that the engine sees too.
-        """
+    def begin_update(self) -> None:
+        """Announces new weights. No request may be under way."""
         # Servers before 0.5.21 load at once and have no sessions.
-        has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
-        for bucket in buckets:
-            payloads = [_serialize(bucket) for _ in range(self._tensor)]  # a handle can be opened once
-            request = {"serialized_named_tensors": payloads, "flush_cache": False}
-            answer = self._post("/update_weights_from_tensor", request).json()
-            if not answer["success"]:
-                raise EngineError(f"{self.url} did not load weights: {answer['message']}")
-        if has_sessions:
+        self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
+
+    def load_bucket(self, payloads: Sequence[str], *, load_format: str | None = None) -> None:
+        """Replaces some weights by HuggingFace-named tensors; `COMPARE` as format compares instead.
+
+        `payloads` holds a `shared(bucket)` for each of the engine's ranks, from the GPU it runs on. Its bucket must
+        stay untouched until this returns.
+        """
+        request = {"serialized_named_tensors": list(payloads), "flush_cache": False, "load_format": load_format}
+        answer = self._post("/update_weights_from_tensor", request).json()
+        if not answer["success"]:
+            raise EngineError(f"{self.url} did not load weights: {answer['message']}")
+
+    def end_update(self, *, version: str) -> None:
+        """Later completions carry `version`."""
+        if self._has_sessions:
             self._post("/end_weight_update", {})
         self.flush_cache()  # keys and values of the old weights
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
-        self._has_weights = True
+
+    def load_folder(self, folder: Path, *, version: str) -> None:
+        """Replaces the weights by those of a HuggingFace folder that the server's machine sees too."""
+        request = {"model_path": str(folder), "flush_cache": False}
+        answer = self._post("/update_weights_from_disk", request, accept=(200, 400)).json()
+        if not answer["success"]:
+            raise EngineError(
+                f"{self.url} did not load {folder}: {answer['message']}; "
+                "the run directory must be on a filesystem that the server's machine sees under the same path"
+            )
+        self.flush_cache()
+        self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes. Waits for requests that a cancelled client has left behind."""
@@ -178,22 +199,34 @@ class Engine:
                 raise EngineError(f"{self.url} still has requests under way after {FLUSH_TIMEOUT_S:g} s")
             time.sleep(0.1)
 
-    def sleep(self) -> None:
-        """Gives the GPU memory of weights and cache to the trainer. Nothing to do on a CPU."""
-        if not self._is_cpu:
-            self.flush_cache()
-            self._post("/release_memory_occupation", {})
-            self._has_weights = False
+    def sleep(self, part: str) -> None:
+        """Gives the GPU memory of `WEIGHTS` or `CACHE` to the trainer. On a CPU nothing moves."""
+        self.flush_cache()  # SGLang refuses while requests are under way
+        self._post("/release_memory_occupation", {"tags": [part]})
 
-    def wake(self) -> None:
-        """Takes the memory back, without its contents: `load_weights` must follow. Nothing to do on a CPU."""
-        if not self._is_cpu:
-            self._post("/resume_memory_occupation", {})
+    def wake(self, part: str) -> None:
+        """Takes the memory back, without its contents: weights have to be loaded again."""
+        self._post("/resume_memory_occupation", {"tags": [part]})
+
+    def has_stopped(self) -> bool:
+        """Whether the process that we started has ended."""
+        return self._process is not None and self._process.poll() is not None
+
+    def restart(self) -> None:
+        """Ends what is left of the process and starts it anew, with the weights it first had."""
+        assert self._launch is not None, "only the rank that started an engine can start it again"
+        self._end_process()
+        self._process = self._launch()
 
     def stop(self) -> None:
         """Ends the server and its children. May be called again."""
         atexit.unregister(self.stop)
         self._http.close()
+        self._end_process()
+
+    def _end_process(self) -> None:
+        if self._process is None:
+            return
         # A polite SIGTERM takes SGLang 8 s. Its workers die with their parent; the resource tracker that it leaves
         # behind then removes the shared memory and ends.
         self._process.kill()
@@ -217,10 +250,12 @@ class Engine:
         return response
 
     def _last_words(self) -> str:
-        code = self._process.poll()
-        state = "still running" if code is None else f"exit code {code}"
+        if self.log_path is None:
+            return "(look into the log of that server)"
+        code = self._process.poll() if self._process else None
+        state = "the end of" if self._process is None else "still running;" if code is None else f"exit code {code};"
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join([f"({state}; the end of {self.log_path}:)", *(f"  {line}" for line in lines)])
+        return "\n".join([f"({state} {self.log_path}:)", *(f"  {line}" for line in lines)])
 
 
 def start_engine(
@@ -240,22 +275,25 @@ def start_engine(
     request_timeout_s: float = 600.0,
     sampling_backend: str = "",
     cuda_graph: bool = True,
+    host: str = "127.0.0.1",
+    can_sleep: bool = False,
 ) -> Engine:
     """Starts a server and returns at once; `Engine.wait_until_ready` comes next.
 
     Call it from the main thread: the server dies with the thread that started it.
     device is "cpu", "cuda" or "cuda:3" (the first of `tensor` GPUs). port 0 picks a free one; context_length 0 is the
     model's, max_total_tokens 0 is SGLang's choice (on a CPU 65536), an empty attention_backend is the device's best.
+    host is the address it listens at. `can_sleep` on a GPU needs the package torch_memory_saver.
     """
     assert threading.current_thread() is threading.main_thread()
     kind, _, index = device.partition(":")
-    port = _free_port(port)
+    port = _free_port(host, port)
     module = "searche1.rollout.cpu_server" if kind == "cpu" else "sglang.launch_server"
     command = [sys.executable, "-m", module, "--model-path", str(model_path)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+    command += ["--host", host, "--port", str(port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
-    command += ["--grammar-backend", "none"]
+    command += ["--grammar-backend", "none", "--custom-weight-loader", COMPARE]
     if context_length:
         command += ["--context-length", str(context_length)]
     if kind == "cpu":
@@ -275,31 +313,32 @@ def start_engine(
             command += ["--attention-backend", attention_backend]
         if max_total_tokens:
             command += ["--max-total-tokens", str(max_total_tokens)]
-        if importlib.util.find_spec("torch_memory_saver") is not None:
+        if can_sleep:
+            if importlib.util.find_spec("torch_memory_saver") is None:
+                raise UserError(
+                    "engines that share GPUs with the trainer need the package torch_memory_saver, which is not "
+                    "installed; install it (it is in requirements/), or set train.offload=never"
+                )
             command += ["--enable-memory-saver"]
-        else:
-            warnings.warn("torch_memory_saver is not installed: a sleeping engine keeps its GPU memory", stacklevel=2)
 
     log_path = Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(kind),
-            start_new_session=True,  # Ctrl-C reaches us first, and one signal reaches all of its processes
-            preexec_fn=_die_with_parent,
-        )
-    return Engine(
-        process=process,
-        url=f"http://127.0.0.1:{port}",
-        log_path=log_path,
-        device=kind,
-        tensor=tensor,
-        request_timeout_s=request_timeout_s,
-    )
+    log_path.write_bytes(b"")
+
+    def launch() -> subprocess.Popen[bytes]:
+        with log_path.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(kind, host=host, tensor=tensor),
+                start_new_session=True,  # Ctrl-C reaches us first, and one signal reaches all of its processes
+                preexec_fn=_die_with_parent,
+            )
+
+    url = f"http://{host}:{port}"
+    return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch)
 
 
 def parse_completion(answer: dict[str, Any]) -> Completion:
@@ -318,44 +357,55 @@ def parse_completion(answer: dict[str, Any]) -> Completion:
     )
 
 
-def _serialize(bucket: list[tuple[str, torch.Tensor]]) -> str:
-    """What SGLang's MultiprocessingSerializer makes, without importing SGLang here: 5 s and its side effects."""
+def shared(bucket: Bucket) -> str:
+    """A handle of the bucket's memory for one process, which SGLang's MultiprocessingSerializer opens.
+
+    On a GPU the memory stays where it is and may be freed once the reader has let go; on a CPU it moves to /dev/shm.
+    """
     sharing = torch.multiprocessing.get_sharing_strategy()
     # By name: with file descriptors, the default, the server would have to be our child by fork.
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         buffer = io.BytesIO()
-        # A copy on a CPU, because sharing moves a tensor's storage, which may be the model's.
-        shared = [(name, t.detach().clone() if t.device.type == "cpu" else t.detach()) for name, t in bucket]
-        ForkingPickler(buffer).dump(shared)
+        ForkingPickler(buffer).dump(list(bucket.tensors()))
     finally:
         torch.multiprocessing.set_sharing_strategy(sharing)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _environment(kind: str) -> dict[str, str]:
+def _environment(kind: str, *, host: str, tensor: int) -> dict[str, str]:
     # An engine makes process groups of its own: in torchrun's it would wait for the trainer's ranks.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN_PREFIXES)}
     if kind == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # spinning threads on shared cores cost ten times
+        if tensor > 1:
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(tensor))
     # Logprobs of the distribution at temperature 1 whatever the sampling temperature, as Completion promises.
     environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     # Longer than any client keeps an idle connection: one that closes under a request looks like a dead engine.
     environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "3600"
     # SGLang's warm-up calls itself and would ask a proxy.
-    environment["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy"), "127.0.0.1"]))
+    environment["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy"), host]))
     return environment
+
+
+def cores_of_ranks(num_ranks: int) -> str:
+    """SGLang's notation for which cores each rank of an engine uses: a share each, or all where there are fewer."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // num_ranks)
+    parts = [cores[rank * share % len(cores) :][:share] for rank in range(num_ranks)]
+    return "|".join(f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _free_port(port: int) -> int:
+def _free_port(host: str, port: int) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
                 f"engine.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"

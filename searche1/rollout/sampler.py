@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import aiohttp
 
@@ -17,11 +17,11 @@ from searche1.prompts import Passage, Tokenizer, encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverError
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
-from searche1.rollout.engine import EngineError
+from searche1.rollout.engine import EngineError, EngineLost
+from searche1.rollout.schedule import Fleet, Place, Schedule
 from searche1.tags import STOP_STRINGS
 from searche1.types import Completion, Group, Question, Span, Trajectory, UserError
 
-T = TypeVar("T")
 Progress = Callable[[int, int, float], None]  # trajectories done, in all, mean reward of those done
 
 
@@ -57,46 +57,62 @@ class Start:
     spans: tuple[Span, ...] = ()
 
 
+@dataclass
+class Rollouts:
+    """Trajectories under way: which are done, and how far the others are. They outlive the engines they began on."""
+
+    starts: Sequence[Start]
+    samples: int  # trajectories of each start
+    done: dict[Place, tuple[Trajectory, float]] = field(default_factory=dict)
+    states: dict[Place, protocol.State] = field(default_factory=dict)
+
+    def left(self) -> list[Place]:
+        """Trajectories that are not done, group by group."""
+        places = ((i, sample) for i in range(len(self.starts)) for sample in range(self.samples))
+        return [place for place in places if place not in self.done]
+
+    def groups(self) -> list[Group]:
+        """All of them, in order, once they are done."""
+        groups = []
+        for i, start in enumerate(self.starts):
+            trajectories, rewards = zip(*(self.done[i, sample] for sample in range(self.samples)), strict=True)
+            groups.append(Group(start.question, trajectories, rewards))
+        return groups
+
+
+class NoEngineLeft(EngineLost):
+    """All engines are lost. What was sampled is kept: the same `Rollouts` go on with new engines."""
+
+
 class Sampler:
-    """Samples groups of trajectories. A question's group stays on one engine, for its prefix cache."""
+    """Samples groups of trajectories on all engines of a fleet."""
 
     def __init__(
         self,
         *,
-        engines: Sequence[TextEngine],
+        fleet: Fleet[TextEngine],
         retriever: Retriever,
         tokenizer: Tokenizer,
         rollout: RolloutConfig,
         prompt: PromptConfig,
     ) -> None:
-        assert engines
-        self.engines = engines
+        self.fleet = fleet
         self.retriever = retriever
         self.tokenizer = tokenizer
         self.rollout = rollout
         self.prompt = prompt
 
-    def groups(
-        self,
-        questions: Sequence[Question],
-        *,
-        samples: int,
-        temperature: float,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> list[Group]:
-        """`samples` trajectories of each question under the student prompt. See `sample`."""
-        starts = [
+    def starts(self, questions: Sequence[Question]) -> list[Start]:
+        """The student prompt of each question."""
+        return [
             Start(question, encode_prompt(student_prompt(question.text, self.prompt), self.tokenizer))
             for question in questions
         ]
-        return self.sample(starts, samples=samples, temperature=temperature, seed=seed, progress=progress)
 
     def sample(
         self,
-        starts: Sequence[Start],
+        rollouts: Rollouts,
         *,
-        samples: int,
         temperature: float,
         seed: int,
         progress: Progress | None = None,
@@ -104,51 +120,75 @@ class Sampler:
         """One group a start, in order, with EM rewards; temperature 0 is greedy.
 
         A fault of an engine or the retriever makes its trajectory's status "error": it stays in the group for the
-        caller to leave out. Raises UserError when more than `rollout.max_errors` of all are such. The same seed gives
-        the same draws to the same question, sample and turn; starts of one question share them.
+        caller to leave out. Raises UserError when more than `rollout.max_errors` of all are such. An engine that stops
+        answering is lost, and others go on with its trajectories from their last turn; raises NoEngineLeft when it
+        was the last one. The same seed gives the same draws to the same question, sample and turn; starts of one
+        question share them.
         """
-        assert samples > 0
-        return asyncio.run(self._sample(starts, samples, temperature, seed, progress))
+        assert rollouts.samples > 0
+        asyncio.run(self._sample(rollouts, temperature, seed, progress))
+        return rollouts.groups()
 
-    async def _sample(
-        self, starts: Sequence[Start], samples: int, temperature: float, seed: int, progress: Progress | None
-    ) -> list[Group]:
-        tally = _Tally(total=len(starts) * samples, max_errors=self.rollout.max_errors, progress=progress)
-        engines = _LeastLoaded(self.engines)
-        results: dict[tuple[int, int], tuple[Trajectory, float]] = {}
+    async def _sample(self, rollouts: Rollouts, temperature: float, seed: int, progress: Progress | None) -> None:
+        tally = _Tally(
+            total=len(rollouts.starts) * rollouts.samples, max_errors=self.rollout.max_errors, progress=progress
+        )
+        for trajectory, reward in rollouts.done.values():
+            tally.add(trajectory, reward)
+        left = rollouts.left()
+        schedule = Schedule(left)
+        something_changed = asyncio.Condition()
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-            async def roll_out(place: tuple[int, int]) -> None:
-                i, sample = place
-                state = protocol.start(starts[i].prompt_ids, starts[i].spans, rollout=self.rollout)
-                draw = partial(turn_seed, seed, starts[i].question, sample)
-                with engines.engine_for(i) as engine:
-                    trajectory = await self._trajectory(engine, session, state, temperature, draw)
-                results[place] = (trajectory, em_reward(trajectory, starts[i].question))
-                tally.add(*results[place])
+            async def work_on(number: int) -> None:
+                """One trajectory after another on one engine."""
+                engine = self.fleet.engines[number]
+                while number not in self.fleet.lost:
+                    place = schedule.take(number)
+                    if place is None:
+                        async with something_changed:  # what an engine loses, others get
+                            await something_changed.wait_for(lambda: schedule.has_waiting or not schedule.num_left)
+                        if not schedule.num_left:
+                            return
+                        continue
+                    start = rollouts.starts[place[0]]
+                    draw = partial(turn_seed, seed, start.question, place[1])
+                    try:
+                        trajectory = await self._trajectory(engine, session, rollouts, place, temperature, draw)
+                    except EngineLost as error:
+                        self.fleet.lost[number] = str(error)
+                        schedule.give_back(place)
+                    else:
+                        schedule.finish()
+                        rollouts.done[place] = trajectory, em_reward(trajectory, start.question)
+                        tally.add(*rollouts.done[place])
+                    if schedule.has_waiting or not schedule.num_left:
+                        async with something_changed:
+                            something_changed.notify_all()
 
+            alive = self.fleet.alive
+            # An even share to begin with: who starts first must not take all.
+            at_once = min(self.rollout.max_in_flight, math.ceil(len(left) / max(1, len(alive))))
             try:
-                places = ((i, sample) for i in range(len(starts)) for sample in range(samples))
-                await run_all(roll_out, places, at_once=min(self.rollout.max_in_flight, tally.total))
+                await run_all([work_on(number) for number in alive for _ in range(at_once)])
             finally:
                 await self.retriever.close()  # its connections belong to this event loop
-
-        groups = []
-        for i, start in enumerate(starts):
-            trajectories, rewards = zip(*(results[i, sample] for sample in range(samples)), strict=True)
-            groups.append(Group(start.question, trajectories, rewards))
-        return groups
+        if schedule.num_left:
+            raise NoEngineLeft(next(reversed(self.fleet.lost.values())))
 
     async def _trajectory(
         self,
         engine: TextEngine,
         session: aiohttp.ClientSession,
-        state: protocol.State,
+        rollouts: Rollouts,
+        place: Place,
         temperature: float,
         draw: Callable[[int], int],
     ) -> Trajectory:
         rollout, prompt, tokenizer = self.rollout, self.prompt, self.tokenizer
+        start = rollouts.starts[place[0]]
+        state = rollouts.states.pop(place, None) or protocol.start(start.prompt_ids, start.spans, rollout=rollout)
         try:
             while True:
                 match protocol.next_step(state, rollout=rollout, tokenizer=tokenizer):
@@ -172,51 +212,28 @@ class Sampler:
                         state = protocol.add_completion(
                             state, completion, rollout=rollout, prompt=prompt, tokenizer=tokenizer
                         )
+        except EngineLost:
+            rollouts.states[place] = state
+            raise
         except (EngineError, RetrieverError) as error:  # anything else is a bug and stops the run
             return protocol.fail(state, str(error))
 
 
-async def run_all(work: Callable[[T], Awaitable[None]], items: Iterator[T], *, at_once: int) -> None:
-    """Does `work` on every item, `at_once` together. The first exception cancels the rest and is raised."""
-
-    async def worker() -> None:
-        for item in items:  # shared: each worker takes the next
-            await work(item)
-
-    workers = [asyncio.create_task(worker()) for _ in range(at_once)]
+async def run_all(workers: Sequence[Coroutine[None, None, None]]) -> None:
+    """Runs them together. The first exception cancels the rest and is raised."""
+    tasks = [asyncio.create_task(worker) for worker in workers]
     try:
-        await asyncio.gather(*workers)
+        await asyncio.gather(*tasks)
     finally:
-        for task in workers:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def turn_seed(seed: int, question: Question, sample: int, turn: int) -> int:
     """The seed of one turn's draws: the same whatever else is sampled. Below 2**31."""
     digest = hashlib.blake2b(f"{seed}/{question.key}/{sample}/{turn}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class _LeastLoaded:
-    """Gives a group the engine with the fewest trajectories under way, when its first one starts."""
-
-    def __init__(self, engines: Sequence[TextEngine]) -> None:
-        self._engines = engines
-        self._loads = [0] * len(engines)
-        self._chosen: dict[int, int] = {}
-
-    @contextmanager
-    def engine_for(self, group: int) -> Iterator[TextEngine]:
-        """The group's engine, counted as busy meanwhile."""
-        if group not in self._chosen:
-            self._chosen[group] = self._loads.index(min(self._loads))
-        chosen = self._chosen[group]
-        self._loads[chosen] += 1
-        try:
-            yield self._engines[chosen]
-        finally:
-            self._loads[chosen] -= 1
 
 
 class _Tally:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -19,10 +19,12 @@ from tiny_models import make_model as make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from megatron_ext.buckets import fill_buckets
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
-from searche1.rollout.engine import Engine, EngineError, start_engine
-from searche1.rollout.sampler import Sampler
+from searche1.rollout.engine import CACHE, COMPARE, WEIGHTS, Engine, EngineError, EngineLost, shared, start_engine
+from searche1.rollout.sampler import Rollouts, Sampler
+from searche1.rollout.schedule import Fleet
 from searche1.types import Completion, Group, Question, UserError
 
 pytestmark = pytest.mark.slow
@@ -104,6 +106,16 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     with engine:
         engine.wait_until_ready(timeout_s=300)
         yield engine
+
+
+def load(engine: Engine, tensors: Iterable[tuple[str, torch.Tensor]], *, version: str, is_exact: bool = True) -> None:
+    """New weights in small buckets, which the engine compares with what it then holds."""
+    engine.begin_update()
+    for bucket in fill_buckets(tensors, bucket_bytes=40_000):
+        engine.load_bucket([shared(bucket)])
+        if is_exact:
+            engine.load_bucket([shared(bucket)], load_format=COMPARE)
+    engine.end_update(version=version)
 
 
 def complete(engine: Engine, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
@@ -205,14 +217,15 @@ class OnePassage:
 
 def test_trajectories_hold_the_ids_and_logprobs_that_the_engine_sampled(engine, reference, tokenizer):
     sampler = Sampler(
-        engines=[engine],
+        fleet=Fleet([engine]),
         retriever=OnePassage(),
         tokenizer=tokenizer,
         rollout=RolloutConfig(max_response_tokens=12),
         prompt=PromptConfig(user="{question}"),
     )
     questions = [Question(id=str(i), text=f"q{i}", answers=("a",), source="test") for i in range(6)]
-    groups = sampler.groups(questions, samples=2, temperature=1.0, seed=3)
+    rollouts = Rollouts(sampler.starts(questions), samples=2)
+    groups = sampler.sample(rollouts, temperature=1.0, seed=3)
     for trajectory in (t for group in groups for t in group.trajectories):
         assert trajectory.status == "unanswered"  # random weights do not find the tags
         assert [span.kind for span in trajectory.spans] == ["invalid", "error"] * 4 + ["final"]
@@ -220,7 +233,7 @@ def test_trajectories_hold_the_ids_and_logprobs_that_the_engine_sampled(engine, 
         expected = true_logprobs(reference, ids)[len(trajectory.prompt_ids) - 1 :]
         expected = expected[torch.tensor(trajectory.policy_mask)]
         assert torch.allclose(torch.tensor(trajectory.engine_logprobs), expected, atol=TOLERANCE)
-    again = sampler.groups(questions, samples=2, temperature=1.0, seed=3)
+    again = sampler.sample(Rollouts(sampler.starts(questions), samples=2), temperature=1.0, seed=3)
     assert [response_ids(group) for group in again] == [response_ids(group) for group in groups]
 
 
@@ -231,7 +244,7 @@ def test_new_weights_take_effect_and_completions_carry_their_version(engine, ref
     named = [(name, p.detach()) for name, p in new.named_parameters()]
     before = named[0][1].clone()
     try:
-        engine.load_weights(iter([named[:5], named[5:]]), version="step-1")
+        load(engine, named, version="step-1")
         completions = complete(engine, prompts)
         assert max(worst_gap(new, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
         assert min(worst_gap(reference, p, c) for p, c in zip(prompts, completions, strict=True)) > 0.01
@@ -239,7 +252,32 @@ def test_new_weights_take_effect_and_completions_carry_their_version(engine, ref
         assert torch.equal(named[0][1], before)
         assert not named[0][1].is_shared()  # the trainer's memory is its own
     finally:
-        engine.load_weights([[(name, p.detach()) for name, p in reference.named_parameters()]], version="default")
+        load(engine, [(name, p.detach()) for name, p in reference.named_parameters()], version="default")
+
+
+def test_sleeping_parts_wake_and_the_server_serves_on(engine, reference):
+    for part in (CACHE, WEIGHTS):
+        engine.sleep(part)
+    for part in (WEIGHTS, CACHE):
+        engine.wake(part)
+    prompt = prompts_of_many_lengths()[4]
+    assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
+
+
+def test_weights_from_a_folder_take_effect(engine, folder, reference, tmp_path):
+    new = make_model(vocab_size=reference.config.vocab_size, seed=2)
+    shutil.copytree(folder, tmp_path / "new")
+    new.save_pretrained(tmp_path / "new")
+    prompt = prompts_of_many_lengths()[4]
+    try:
+        engine.load_folder(tmp_path / "new", version="folder")
+        completion = complete(engine, [prompt])[0]
+        assert worst_gap(new, prompt, completion) < TOLERANCE
+        assert completion.weight_version == "folder"
+    finally:
+        engine.load_folder(folder, version="default")
+    with pytest.raises(EngineError, match=r"did not load .*nowhere.*filesystem that the server's machine sees"):
+        engine.load_folder(tmp_path / "nowhere", version="x")
 
 
 def test_a_refused_request_is_an_engine_error(engine):
@@ -296,11 +334,45 @@ def test_engine_and_workers_die_when_we_are_killed(folder, tmp_path):
 
 
 def test_an_engine_that_dies_tells_why(engine):
-    """The last test of this file: a tensor of the wrong shape takes SGLang down."""
-    with pytest.raises(EngineError, match=r"(?s)update_weights_from_tensor failed.*end of .*load_weights"):
-        engine.load_weights([[("model.embed_tokens.weight", torch.zeros(3, 4))]], version="broken")
-    with pytest.raises(EngineError, match="failed"):
+    """A tensor of the wrong shape takes SGLang down; the tests behind it start it again."""
+    with pytest.raises(EngineError, match=r"(?s)update_weights_from_tensor failed.*load_weights"):
+        load(engine, [("model.embed_tokens.weight", torch.zeros(3, 4))], version="broken")
+    with pytest.raises(EngineLost, match="failed"):
         complete(engine, [[1, 2, 3]])
+
+
+def test_an_engine_that_died_is_started_again(engine, reference):
+    assert engine.has_stopped()
+    engine.restart()
+    engine.wait_until_ready(timeout_s=300)
+    prompt = prompts_of_many_lengths()[4]
+    assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
+
+
+def test_an_exact_comparison_names_the_tensor_that_is_another(engine, reference):
+    """Ends the engine: what it holds cannot be trusted."""
+    changed = reference.model.layers[1].mlp.up_proj.weight.detach().clone()
+    changed[2, 3] += 1e-3
+    engine.begin_update()
+    bucket = next(fill_buckets([("model.layers.1.mlp.up_proj.weight", changed)], bucket_bytes=1))
+    with pytest.raises(EngineError, match=r"layers.1.mlp.up_proj.weight differs from the trainer's in 1 of 6144"):
+        engine.load_bucket([shared(bucket)], load_format=COMPARE)
+
+
+def test_a_tensor_parallel_engine_is_exact_before_and_after_new_weights(folder, reference, tmp_path):
+    tensor = 2
+    new = make_model(vocab_size=reference.config.vocab_size, seed=3)
+    prompt = prompts_of_many_lengths()[6]
+    options = {**start_options(folder, tmp_path / "engine.log"), "tensor": tensor}
+    with start_engine(**options) as engine:
+        engine.wait_until_ready(timeout_s=300)
+        assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
+        engine.begin_update()
+        for bucket in fill_buckets(((n, p.detach()) for n, p in new.named_parameters()), bucket_bytes=40_000):
+            engine.load_bucket([shared(bucket) for _ in range(tensor)])
+            engine.load_bucket([shared(bucket) for _ in range(tensor)], load_format=COMPARE)
+        engine.end_update(version="1")
+        assert worst_gap(new, prompt, complete(engine, [prompt])[0]) < TOLERANCE
 
 
 def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):
@@ -315,9 +387,7 @@ def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):
         engine.wait_until_ready(timeout_s=300)
         for version, model in enumerate(models):
             if version:
-                tensors = list(load_file(model / "model.safetensors").items())
-                engine.load_weights([tensors[:20], tensors[20:]], version="1")
-                engine.flush_cache()
+                load(engine, load_file(model / "model.safetensors").items(), version="1")
             expected = true_logprobs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), ids)
             found = torch.tensor(engine.logprobs([ids])[0][-len(expected) :])
             assert (expected - found).abs().max() < TOLERANCE

@@ -18,6 +18,8 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"cycle"},
     {"grpo", "opsd"},
     {"session"},
+    {"engines"},
+    {"colocation", "sync", "ranks"},
     {"evaluate", "report"},
     {"policy", "rollout"},
     {"packing", "prompts", "tags", "rewards", "data", "retrieval", "metrics", "runs", "world", "doctor", "planner"},

@@ -7,8 +7,9 @@ from char_tokenizer import CharTokenizer
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage, RetrieverError
 from searche1.rollout.engine import EngineError
-from searche1.rollout.sampler import Sampler, Start, turn_seed
-from searche1.types import Completion, Question, UserError
+from searche1.rollout.sampler import Rollouts, Sampler, Start, turn_seed
+from searche1.rollout.schedule import Fleet
+from searche1.types import Completion, Group, Question, UserError
 
 TOKENIZER = CharTokenizer()
 PROMPT = PromptConfig(user="{question}")
@@ -62,7 +63,7 @@ class FakeRetriever:
 
 def make_sampler(*engines: FakeEngine, retriever: FakeRetriever | None = None, **rollout) -> Sampler:
     return Sampler(
-        engines=engines or (FakeEngine(),),
+        fleet=Fleet(engines or (FakeEngine(),)),
         retriever=retriever or FakeRetriever(),
         tokenizer=TOKENIZER,
         rollout=RolloutConfig(**rollout),
@@ -70,10 +71,14 @@ def make_sampler(*engines: FakeEngine, retriever: FakeRetriever | None = None, *
     )
 
 
+def groups_of(sampler: Sampler, questions: list[Question], *, samples: int, **options) -> list[Group]:
+    return sampler.sample(Rollouts(sampler.starts(questions), samples), **options)
+
+
 def test_every_question_gets_its_group_in_order_with_rewards():
     questions = [question("a", "b"), question("c", "other")]
     retriever = FakeRetriever()
-    groups = make_sampler(retriever=retriever).groups(questions, samples=3, temperature=1.0, seed=0)
+    groups = groups_of(make_sampler(retriever=retriever), questions, samples=3, temperature=1.0, seed=0)
     assert [group.question for group in groups] == questions
     assert [group.rewards for group in groups] == [(1.0,) * 3, (0.0,) * 3]
     assert {t.num_searches for group in groups for t in group.trajectories} == {1}
@@ -87,13 +92,13 @@ def test_slow_trajectories_do_not_change_the_order():
             await asyncio.sleep(0.02 if token_ids[0] == ord("a") else 0.0)
             return await super().generate(session, token_ids, **options)
 
-    groups = make_sampler(Slow()).groups(QUESTIONS, samples=2, temperature=1.0, seed=0)
+    groups = groups_of(make_sampler(Slow()), QUESTIONS, samples=2, temperature=1.0, seed=0)
     assert [chr(t.prompt_ids[0]) for group in groups for t in group.trajectories] == list("aabbccdd")
 
 
 def test_a_group_stays_on_one_engine_and_groups_spread_over_all():
     engines = FakeEngine(delay_s=0.001), FakeEngine(delay_s=0.001)
-    make_sampler(*engines).groups(QUESTIONS, samples=3, temperature=1.0, seed=0)
+    groups_of(make_sampler(*engines), QUESTIONS, samples=3, temperature=1.0, seed=0)
     first, second = ({context[0] for context in engine.contexts} for engine in engines)
     assert len(first) == len(second) == 2
     assert not first & second
@@ -101,7 +106,7 @@ def test_a_group_stays_on_one_engine_and_groups_spread_over_all():
 
 def test_no_more_trajectories_are_in_flight_than_allowed():
     engine = FakeEngine(delay_s=0.001)
-    make_sampler(engine, max_in_flight=3).groups(QUESTIONS, samples=5, temperature=1.0, seed=0)
+    groups_of(make_sampler(engine, max_in_flight=3), QUESTIONS, samples=5, temperature=1.0, seed=0)
     assert engine.most_in_flight == 3
 
 
@@ -115,7 +120,7 @@ def test_a_retriever_fault_marks_its_trajectory_and_no_other():
         lambda context, seed: "<answer>b</answer>" if "information" in context else f"<search>{context[0]}</search>"
     )
     sampler = make_sampler(engine, retriever=FakeRetriever(find), max_errors=0.25)
-    groups = sampler.groups(QUESTIONS, samples=1, temperature=1.0, seed=0)
+    groups = groups_of(sampler, QUESTIONS, samples=1, temperature=1.0, seed=0)
     failed = groups[0].trajectories[0]
     assert (failed.status, failed.error) == ("error", "the index is on fire")
     assert [span.kind for span in failed.spans] == ["search"]
@@ -128,7 +133,7 @@ def test_too_many_faults_stop_the_run_and_quote_the_first():
 
     engine = FakeEngine(die)
     with pytest.raises(UserError, match=r"3 of 8 trajectories failed.*max_errors \(0.25\).*died on a\?"):
-        make_sampler(engine, max_errors=0.25, max_in_flight=1).groups(QUESTIONS, samples=2, temperature=1.0, seed=0)
+        groups_of(make_sampler(engine, max_errors=0.25, max_in_flight=1), QUESTIONS, samples=2, temperature=1.0, seed=0)
     assert len(engine.contexts) == 3
 
 
@@ -138,14 +143,14 @@ def test_a_bug_is_raised_instead_of_being_counted_as_a_fault():
 
     retriever = FakeRetriever(find)
     with pytest.raises(KeyError):
-        make_sampler(retriever=retriever, max_errors=1.0).groups(QUESTIONS, samples=2, temperature=1.0, seed=0)
+        groups_of(make_sampler(retriever=retriever, max_errors=1.0), QUESTIONS, samples=2, temperature=1.0, seed=0)
     assert retriever.is_closed
 
 
 def test_a_seed_belongs_to_a_turn_of_a_sample_of_a_question():
     def seeds(questions: list[Question], seed: int) -> list[int]:
         engine = FakeEngine()
-        make_sampler(engine).groups(questions, samples=2, temperature=1.0, seed=seed)
+        groups_of(make_sampler(engine), questions, samples=2, temperature=1.0, seed=seed)
         return engine.seeds
 
     together = seeds(QUESTIONS, seed=0)
@@ -158,9 +163,9 @@ def test_a_seed_belongs_to_a_turn_of_a_sample_of_a_question():
 def test_a_trajectory_goes_on_from_given_spans():
     engine = FakeEngine()
     sampler = make_sampler(engine)
-    whole = sampler.groups(QUESTIONS[:1], samples=1, temperature=1.0, seed=0)[0].trajectories[0]
+    whole = groups_of(sampler, QUESTIONS[:1], samples=1, temperature=1.0, seed=0)[0].trajectories[0]
     start = Start(QUESTIONS[0], tuple(map(ord, "longer prompt")), whole.spans[:2])
-    trajectory = sampler.sample([start], samples=1, temperature=1.0, seed=0)[0].trajectories[0]
+    trajectory = sampler.sample(Rollouts([start], samples=1), temperature=1.0, seed=0)[0].trajectories[0]
     assert trajectory.spans[:2] == whole.spans[:2]
     assert trajectory.num_searches == 1
     assert engine.contexts[-1] == "longer prompt" + whole.spans[0].text + whole.spans[1].text
@@ -174,7 +179,7 @@ def test_progress_counts_up_and_leaves_faults_out_of_the_mean():
 
     calls: list[tuple[int, int, float]] = []
     sampler = make_sampler(FakeEngine(policy), max_errors=0.5, max_in_flight=1)
-    sampler.groups(QUESTIONS[:2], samples=1, temperature=1.0, seed=0, progress=lambda *call: calls.append(call))
+    groups_of(sampler, QUESTIONS[:2], samples=1, temperature=1.0, seed=0, progress=lambda *call: calls.append(call))
     assert calls == [(1, 2, 0.0), (2, 2, 1.0)]
 
 
@@ -186,4 +191,4 @@ def test_settings_of_the_rollout_reach_the_engine():
             return await super().generate(session, token_ids, **options)
 
     sampler = make_sampler(Strict(), max_response_tokens=7, top_p=0.9)
-    assert sampler.groups(QUESTIONS[:1], samples=1, temperature=0.5, seed=0)[0].rewards == (1.0,)
+    assert groups_of(sampler, QUESTIONS[:1], samples=1, temperature=0.5, seed=0)[0].rewards == (1.0,)

@@ -1,0 +1,63 @@
+"""Trainer memory that goes to the host and comes back, while the GPU serves somebody else.
+
+What moves are storages, not tensors: parameters, their views in Megatron's buffers and the optimizer's slices of them
+stay the same objects with the same addresses inside a storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class HostOffload:
+    """Some tensors' storages, which are either where they were made or on the host."""
+
+    def __init__(self, tensors: Iterable[Tensor], *, keep_contents: bool = True) -> None:
+        """`keep_contents=False` is for scratch memory, such as gradients between two updates: it comes back undefined.
+
+        Tensors that share memory are taken together: name all of them, or none outside may be used meanwhile.
+        """
+        storages = {s.data_ptr(): s for t in tensors if (s := t.untyped_storage()).nbytes()}
+        self._storages = list(storages.values())
+        self.sizes = [storage.nbytes() for storage in self._storages]
+        self._keep_contents = keep_contents
+        self._copies: list[Tensor] = []  # uint8, page-locked where there is a GPU; allocated once
+        self.is_offloaded = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes)
+
+    def to_host(self) -> int:
+        """Frees the memory; returns how many bytes. Does nothing when it is free already."""
+        if self.is_offloaded:
+            return 0
+        if self._keep_contents:
+            if not self._copies:
+                pin = any(storage.device.type == "cuda" for storage in self._storages)
+                self._copies = [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in self.sizes]
+            for storage, copy in zip(self._storages, self._copies, strict=True):
+                copy.copy_(_bytes_of(storage), non_blocking=True)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # copies under way still read what is freed next
+        for storage in self._storages:
+            storage.resize_(0)
+        self.is_offloaded = True
+        return self.num_bytes
+
+    def back(self) -> None:
+        """Allocates the memory again, with its contents if they were kept. Does nothing when it is there."""
+        if not self.is_offloaded:
+            return
+        for storage, size in zip(self._storages, self.sizes, strict=True):
+            storage.resize_(size)
+        for storage, copy in zip(self._storages, self._copies, strict=False):
+            _bytes_of(storage).copy_(copy, non_blocking=True)
+        self.is_offloaded = False
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,170 @@
+"""All engines of the job, as each rank sees them: it may lead some, feed one, and rank 0 drives all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from searche1.colocation import Colocation
+from searche1.config import Config
+from searche1.policy import Policy
+from searche1.ranks import Ranks
+from searche1.rollout.engine import Engine
+from searche1.rollout.places import EnginePlace, engine_places, own_address
+from searche1.rollout.servers import Servers, make_servers, start_engine_at, start_retriever
+from searche1.sync import Link, send_weights
+
+
+def places_of(config: Config, *, device: str, world_size: int) -> tuple[EnginePlace, ...]:
+    """Where this job's engines run; nowhere if they run elsewhere. Raises UserError if they do not fit."""
+    if config.engine.urls:
+        return ()
+    return engine_places(
+        count=config.engine.count,
+        tensor=config.engine.tensor,
+        device=device,
+        world_size=world_size,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+
+
+class Engines:
+    """Started with the session, and stopped with it. Every method is collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        *,
+        model_path: Path,
+        device: torch.device,
+        dtype: str,
+        directory: Path,
+        stack: contextlib.ExitStack,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Start engines on all nodes, and the retriever, and wait for them; `stack` stops them. Raises UserError."""
+        self._config = config
+        self._ranks = ranks
+        self._tell = tell
+        self._directory = directory
+        is_gpu = device.type == "cuda"
+        is_shared = {"auto": is_gpu, "always": True, "never": False}[config.train.offload] and not config.engine.urls
+        free_bytes = _free_gpu_bytes if is_gpu and is_shared else None
+        free_before = free_bytes() if free_bytes else 0
+        places = places_of(config, device=device.type, world_size=ranks.world_size)
+        self._led: dict[int, Engine] = {}
+        host = own_address()
+
+        def start() -> None:
+            for place in places:
+                if place.lead == ranks.rank:
+                    engine = start_engine_at(
+                        place,
+                        config,
+                        model_path=model_path,
+                        dtype=dtype,
+                        log_dir=directory / "logs",
+                        host=host,
+                        can_sleep=is_shared,
+                    )
+                    stack.callback(engine.stop)
+                    self._led[place.number] = engine
+
+        ranks.everywhere(start)
+        # It starts while the engines load.
+        url = ranks.from_writer(lambda: start_retriever(config, log_dir=directory / "logs", stack=stack))
+        self._wait(list(self._led))
+        addresses = ranks.everywhere(lambda: {n: (engine.url, engine.log_path) for n, engine in self._led.items()})
+        self._links = [Link(place, self._led.get(place.number)) for place in places]
+        self.servers: Servers | None = None  # on rank 0
+        self._elsewhere: list[Engine] = []  # on rank 0: engines that are not ours to start
+        if ranks.is_writer:
+            timeout_s = config.engine.request_timeout_s
+            self._elsewhere = [Engine(url=url, request_timeout_s=timeout_s) for url in config.engine.urls]
+            found = {n: address for of_rank in addresses for n, address in of_rank.items()}
+            clients = [
+                self._led.get(n) or Engine(url=url, log_path=log_path, request_timeout_s=timeout_s)
+                for n, (url, log_path) in sorted(found.items())
+            ]
+            self.servers = make_servers(config, clients + self._elsewhere, retriever_url=url, model_path=model_path)
+        ranks.from_writer(self._check_elsewhere)
+        self.colocation = Colocation(
+            is_on=is_shared,
+            engines=self._led,
+            free_bytes=free_bytes,
+            free_before_engines=free_before,
+            together=ranks.everywhere,
+        )
+
+    def _wait(self, numbers: list[int]) -> None:
+        def wait() -> None:
+            for number in numbers:
+                self._led[number].wait_until_ready(
+                    timeout_s=self._config.engine.start_timeout_s, progress=lambda waited: self._ranks.beat()
+                )
+
+        self._ranks.everywhere(wait)
+
+    def _check_elsewhere(self) -> None:
+        for engine in self._elsewhere:
+            engine.wait_until_ready(timeout_s=10.0)
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def load(self, policy: Policy, *, version: str, only_adapted: bool) -> None:
+        """The policy's merged weights into every engine. Raises UserError if one does not take them."""
+        if self._config.engine.urls:
+            self._load_through_folder(policy, version=version)
+            return
+        buckets = policy.hf_buckets(bucket_bytes=self._config.engine.sync_bucket_mb << 20, only_adapted=only_adapted)
+        is_exact = self._config.engine.verify_sync == "exact"
+        self._ranks.everywhere(lambda: send_weights(buckets, self._links, version=version, is_exact=is_exact))
+
+    def _load_through_folder(self, policy: Policy, *, version: str) -> None:
+        folder = self._directory / "sync"
+        policy.save_hf(folder)
+
+        def load() -> None:
+            for engine in self._elsewhere:
+                engine.load_folder(folder.resolve(), version=version)
+                self._ranks.beat()
+
+        self._ranks.from_writer(load)
+
+    # -- faults -----------------------------------------------------------------------------------
+
+    def mend(self, policy: Policy) -> bool:
+        """Start engines again that have died or stopped answering; whether there were any. They need a sync then."""
+        lost = self._ranks.from_writer(lambda: dict(self.servers.fleet.lost) if self.servers else {})
+        stopped = self._ranks.everywhere(lambda: [n for n, engine in self._led.items() if engine.has_stopped()])
+        broken = sorted({*lost, *(n for of_rank in stopped for n in of_rank)})
+        if not broken:
+            return False
+        if self._config.engine.urls:
+            self._ranks.from_writer(self._check_elsewhere)  # whoever runs them has to start them again
+        else:
+            self._tell(
+                f"  starting engine {', '.join(map(str, broken))} again: {next(iter(lost.values()), 'it ended')}"
+            )
+            mine = [number for number in broken if number in self._led]
+
+            def restart() -> None:
+                for number in mine:
+                    self._led[number].restart()
+
+            with self.colocation.room_for_start(policy, mine):
+                self._ranks.everywhere(restart)
+                self._wait(mine)
+        if self.servers is not None:
+            self.servers.fleet.lost.clear()
+        return True
+
+
+def _free_gpu_bytes() -> int:
+    torch.cuda.empty_cache()  # what the allocator keeps for itself is free to others only then
+    return torch.cuda.mem_get_info()[0]
