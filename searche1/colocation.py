@@ -97,7 +97,8 @@ class Colocation:
         if not self._is_on:
             yield
             return
-        assert self.phase is not Phase.SYNC
+        if self.phase is Phase.SYNC:
+            self.to(Phase.TRAIN, policy)
 
         def trainer_to_host() -> None:
             policy.optimizer_to_host()
@@ -122,7 +123,8 @@ class Colocation:
 
         def sleep() -> None:
             for number in self._engines if numbers is None else numbers:
-                self._engines[number].sleep(part)
+                if not self._engines[number].has_stopped():  # one that died has given everything back
+                    self._engines[number].sleep(part)
 
         self._together(sleep)
         self._freed[part] = max(self._freed.get(part, 0), self._free() - before)
@@ -167,7 +169,8 @@ class Colocation:
                     "beside the trainer; lower engine.mem_fraction, train.max_tokens or engine.sync_bucket_mb"
                 )
             for engine in self._engines.values():
-                engine.wake(part)
+                if not engine.has_stopped():
+                    engine.wake(part)
 
         self._together(wake)
 

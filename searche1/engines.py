@@ -138,19 +138,23 @@ class Engines:
 
     # -- faults -----------------------------------------------------------------------------------
 
-    def mend(self, policy: Policy) -> bool:
-        """Start engines again that have died or stopped answering; whether there were any. They need a sync then."""
+    def broken(self) -> dict[int, str]:
+        """Engines that have died or stopped answering, and what was seen of it."""
         lost = self._ranks.from_writer(lambda: dict(self.servers.fleet.lost) if self.servers else {})
         stopped = self._ranks.everywhere(lambda: [n for n, engine in self._led.items() if engine.has_stopped()])
-        broken = sorted({*lost, *(n for of_rank in stopped for n in of_rank)})
+        ended = "its process has ended"
+        return dict.fromkeys((n for of_rank in stopped for n in of_rank), ended) | lost
+
+    def mend(self, policy: Policy) -> bool:
+        """Start engines again that are broken; whether there were any. They need a sync then."""
+        broken = self.broken()
         if not broken:
             return False
         if self._config.engine.urls:
             self._ranks.from_writer(self._check_elsewhere)  # whoever runs them has to start them again
         else:
-            self._tell(
-                f"  starting engine {', '.join(map(str, broken))} again: {next(iter(lost.values()), 'it ended')}"
-            )
+            reason = next(iter(broken.values())).splitlines()[0]
+            self._tell(f"  starting engine {', '.join(map(str, sorted(broken)))} again: {reason}")
             mine = [number for number in broken if number in self._led]
 
             def restart() -> None:

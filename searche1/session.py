@@ -31,7 +31,8 @@ from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, check_model, resolve_model, train_dtype
 from searche1.prompts import encode_prompt
 from searche1.ranks import Ranks
-from searche1.rollout.sampler import NoEngineLeft, Rollouts, Sampler, Start
+from searche1.rollout.fleet import NoEngineLeft
+from searche1.rollout.sampler import Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
 from searche1.runs import Run, only_run_in, open_run
 from searche1.types import Group, Question, SharedError, UserError
@@ -187,22 +188,34 @@ class Session:
 
     def to_trainer(self, policy: Policy) -> None:
         """The GPUs belong to the policy until the next sync. Collective."""
-        self.engines.colocation.to(Phase.TRAIN, policy)
+        colocation = self.engines.colocation
+        if colocation.phase is Phase.ROLLOUT:
+            self.engines.mend(policy)  # one that does not answer would not give its memory either
+        colocation.to(Phase.TRAIN, policy)
 
     def sync(self, policy: Policy, *, stage: str) -> None:
         """Put the policy's merged weights into every engine and prove it; the GPUs are the engines' then. Collective.
 
-        Engines that have died are started again. Raises UserError if engine and trainer logprobs then differ beyond
-        tolerance.
+        Engines that have died, also on the way, are started again. Raises UserError if engine and trainer logprobs
+        then differ beyond tolerance.
         """
+        for attempt in range(1 + MAX_RESTARTS):
+            if self.engines.mend(policy):
+                self._synced = None
+            try:
+                self._sync(policy, stage=stage)
+                break
+            except UserError:
+                if attempt == MAX_RESTARTS or not self.engines.broken():
+                    raise
+
+    def _sync(self, policy: Policy, *, stage: str) -> None:
         colocation = self.engines.colocation
-        is_fresh = self.engines.mend(policy)
-        has_base = colocation.keeps_engine_weights and not is_fresh
-        only_adapted = has_base and policy.has_adapters and self._synced is not None and self._synced[0] is policy
         if colocation.phase is Phase.ROLLOUT:
-            self.to_trainer(policy)  # weights that are loaded beside a cache might not fit
+            colocation.to(Phase.TRAIN, policy)  # weights that are loaded beside a cache might not fit
+        has_base = colocation.keeps_engine_weights and self._synced is not None and self._synced[0] is policy
         colocation.to(Phase.SYNC, policy)
-        self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=only_adapted)
+        self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=has_base and policy.has_adapters)
         expected = self._probe(policy)
         colocation.to(Phase.ROLLOUT, policy)
         self.from_writer(lambda: self._compare(expected, policy.dtype))
@@ -271,6 +284,7 @@ class Session:
     ) -> list[Group]:
         """Sample to the end, also when no engine is left on the way: they are started again. Collective."""
         assert self._synced is not None, "engines have weights after a sync"
+        policy, stage = self._synced
         work = begin() if self.layout.is_writer else None
 
         def run() -> list[Group] | None:
@@ -289,7 +303,6 @@ class Session:
 
         attempts: list[str] = []
         while (groups := self.from_writer(run)) is None:
-            policy, stage = self._synced
             self.sync(policy, stage=stage)
         return groups
 

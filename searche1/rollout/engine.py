@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import contextlib
 import ctypes
 import importlib.util
 import io
@@ -36,6 +37,7 @@ CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and
 LOG_TAIL_LINES = 20
 STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
+ENDING_TIMEOUT_S = 2.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
 
@@ -241,7 +243,10 @@ class Engine:
         try:
             response = self._http.post(self.url + route, json=request, timeout=self._request_timeout_s)
         except requests.RequestException as error:
-            raise EngineError(f"{self.url}{route} failed: {error}\n{self._last_words()}") from error
+            if self._process is not None:  # a process that is ending has closed its connections already
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=ENDING_TIMEOUT_S)
+            raise EngineLost(f"{self.url}{route} failed: {error}\n{self._last_words()}") from error
         if response.status_code not in accept:
             raise EngineError(
                 f"{self.url}{route} answered HTTP status {response.status_code}: {response.text[:1000]}\n"

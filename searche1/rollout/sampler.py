@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import aiohttp
 
@@ -18,10 +17,12 @@ from searche1.retrieval.client import RetrieverError
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
 from searche1.rollout.engine import EngineError, EngineLost
-from searche1.rollout.schedule import Fleet, Place, Schedule
+from searche1.rollout.fleet import Fleet
 from searche1.tags import STOP_STRINGS
 from searche1.types import Completion, Group, Question, Span, Trajectory, UserError
 
+T = TypeVar("T")
+Place = tuple[int, int]  # number of the start, number of the sample of it
 Progress = Callable[[int, int, float], None]  # trajectories done, in all, mean reward of those done
 
 
@@ -80,10 +81,6 @@ class Rollouts:
         return groups
 
 
-class NoEngineLeft(EngineLost):
-    """All engines are lost. What was sampled is kept: the same `Rollouts` go on with new engines."""
-
-
 class Sampler:
     """Samples groups of trajectories on all engines of a fleet."""
 
@@ -121,9 +118,9 @@ class Sampler:
 
         A fault of an engine or the retriever makes its trajectory's status "error": it stays in the group for the
         caller to leave out. Raises UserError when more than `rollout.max_errors` of all are such. An engine that stops
-        answering is lost, and others go on with its trajectories from their last turn; raises NoEngineLeft when it
-        was the last one. The same seed gives the same draws to the same question, sample and turn; starts of one
-        question share them.
+        answering is lost, and others take over its turns; raises NoEngineLeft when it was the last one, and the same
+        `rollouts` may go on with new engines. The same seed gives the same draws to the same question, sample and
+        turn; starts of one question share them.
         """
         assert rollouts.samples > 0
         asyncio.run(self._sample(rollouts, temperature, seed, progress))
@@ -135,51 +132,25 @@ class Sampler:
         )
         for trajectory, reward in rollouts.done.values():
             tally.add(trajectory, reward)
-        left = rollouts.left()
-        schedule = Schedule(left)
-        something_changed = asyncio.Condition()
-
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-            async def work_on(number: int) -> None:
-                """One trajectory after another on one engine."""
-                engine = self.fleet.engines[number]
-                while number not in self.fleet.lost:
-                    place = schedule.take(number)
-                    if place is None:
-                        async with something_changed:  # what an engine loses, others get
-                            await something_changed.wait_for(lambda: schedule.has_waiting or not schedule.num_left)
-                        if not schedule.num_left:
-                            return
-                        continue
-                    start = rollouts.starts[place[0]]
-                    draw = partial(turn_seed, seed, start.question, place[1])
-                    try:
-                        trajectory = await self._trajectory(engine, session, rollouts, place, temperature, draw)
-                    except EngineLost as error:
-                        self.fleet.lost[number] = str(error)
-                        schedule.give_back(place)
-                    else:
-                        schedule.finish()
-                        rollouts.done[place] = trajectory, em_reward(trajectory, start.question)
-                        tally.add(*rollouts.done[place])
-                    if schedule.has_waiting or not schedule.num_left:
-                        async with something_changed:
-                            something_changed.notify_all()
+            async def roll_out(place: Place) -> None:
+                start = rollouts.starts[place[0]]
+                draw = partial(turn_seed, seed, start.question, place[1])
+                trajectory = await self._trajectory(session, rollouts, place, temperature, draw)
+                rollouts.done[place] = trajectory, em_reward(trajectory, start.question)
+                tally.add(*rollouts.done[place])
 
-            alive = self.fleet.alive
-            # An even share to begin with: who starts first must not take all.
-            at_once = min(self.rollout.max_in_flight, math.ceil(len(left) / max(1, len(alive))))
+            left = rollouts.left()
+            at_once = min(self.rollout.max_in_flight * len(self.fleet.engines), len(left))
+            self.fleet.forget()
             try:
-                await run_all([work_on(number) for number in alive for _ in range(at_once)])
+                await run_all(roll_out, iter(left), at_once=at_once)
             finally:
                 await self.retriever.close()  # its connections belong to this event loop
-        if schedule.num_left:
-            raise NoEngineLeft(next(reversed(self.fleet.lost.values())))
 
     async def _trajectory(
         self,
-        engine: TextEngine,
         session: aiohttp.ClientSession,
         rollouts: Rollouts,
         place: Place,
@@ -188,7 +159,7 @@ class Sampler:
     ) -> Trajectory:
         rollout, prompt, tokenizer = self.rollout, self.prompt, self.tokenizer
         start = rollouts.starts[place[0]]
-        state = rollouts.states.pop(place, None) or protocol.start(start.prompt_ids, start.spans, rollout=rollout)
+        state = rollouts.states.get(place) or protocol.start(start.prompt_ids, start.spans, rollout=rollout)
         try:
             while True:
                 match protocol.next_step(state, rollout=rollout, tokenizer=tokenizer):
@@ -200,34 +171,62 @@ class Sampler:
                             state, passages, rollout=rollout, prompt=prompt, tokenizer=tokenizer
                         )
                     case protocol.Generate(context_ids, max_new_tokens):
-                        completion = await engine.generate(
+                        completion = await self._complete(
+                            place,
                             session,
                             context_ids,
                             max_new_tokens=max_new_tokens,
                             temperature=temperature,
-                            top_p=rollout.top_p,
-                            stop=STOP_STRINGS,
                             seed=draw(state.num_turns),
                         )
                         state = protocol.add_completion(
                             state, completion, rollout=rollout, prompt=prompt, tokenizer=tokenizer
                         )
-        except EngineLost:
-            rollouts.states[place] = state
-            raise
+                rollouts.states[place] = state
         except (EngineError, RetrieverError) as error:  # anything else is a bug and stops the run
             return protocol.fail(state, str(error))
 
+    async def _complete(
+        self,
+        place: Place,
+        session: aiohttp.ClientSession,
+        context_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Completion:
+        """One turn, on an engine that answers. Raises NoEngineLeft, or EngineError for a request that is refused."""
+        while True:
+            with self.fleet.engine_for(*place) as (number, engine):
+                try:
+                    return await engine.generate(
+                        session,
+                        context_ids,
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_p=self.rollout.top_p,
+                        stop=STOP_STRINGS,
+                        seed=seed,
+                    )
+                except EngineLost as error:
+                    self.fleet.lost[number] = str(error)
 
-async def run_all(workers: Sequence[Coroutine[None, None, None]]) -> None:
-    """Runs them together. The first exception cancels the rest and is raised."""
-    tasks = [asyncio.create_task(worker) for worker in workers]
+
+async def run_all(work: Callable[[T], Awaitable[None]], items: Iterator[T], *, at_once: int) -> None:
+    """Does `work` on every item, `at_once` together. The first exception cancels the rest and is raised."""
+
+    async def worker() -> None:
+        for item in items:  # shared: each worker takes the next
+            await work(item)
+
+    workers = [asyncio.create_task(worker()) for _ in range(at_once)]
     try:
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*workers)
     finally:
-        for task in tasks:
+        for task in workers:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*workers, return_exceptions=True)
 
 
 def turn_seed(seed: int, question: Question, sample: int, turn: int) -> int:

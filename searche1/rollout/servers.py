@@ -14,9 +14,9 @@ from searche1.prompts import encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient
 from searche1.retrieval.server import launch_retriever
 from searche1.rollout.engine import Engine, start_engine
+from searche1.rollout.fleet import Fleet
 from searche1.rollout.places import EnginePlace
 from searche1.rollout.sampler import Sampler
-from searche1.rollout.schedule import Fleet
 from searche1.types import Question
 
 

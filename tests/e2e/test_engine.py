@@ -23,8 +23,8 @@ from megatron_ext.buckets import fill_buckets
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
 from searche1.rollout.engine import CACHE, COMPARE, WEIGHTS, Engine, EngineError, EngineLost, shared, start_engine
+from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
-from searche1.rollout.schedule import Fleet
 from searche1.types import Completion, Group, Question, UserError
 
 pytestmark = pytest.mark.slow

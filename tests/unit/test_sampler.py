@@ -7,8 +7,8 @@ from char_tokenizer import CharTokenizer
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage, RetrieverError
 from searche1.rollout.engine import EngineError
+from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler, Start, turn_seed
-from searche1.rollout.schedule import Fleet
 from searche1.types import Completion, Group, Question, UserError
 
 TOKENIZER = CharTokenizer()
