@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_ext.buckets import fill_buckets
+from searche1.colocation import Colocation, Phase
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
 from searche1.rollout.engine import CACHE, COMPARE, WEIGHTS, Engine, EngineError, EngineLost, shared, start_engine
@@ -262,6 +264,50 @@ def test_sleeping_parts_wake_and_the_server_serves_on(engine, reference):
         engine.wake(part)
     prompt = prompts_of_many_lengths()[4]
     assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
+
+
+class RecordingEngine(Engine):
+    """A client of the same server that writes down what it asks."""
+
+    def _post(self, route, request, **options):
+        self.asked = [*getattr(self, "asked", []), " ".join([route, *(request or {}).get("tags", [])])]
+        return super()._post(route, request, **options)
+
+
+class TrainerOfNothing:
+    def optimizer_to_host(self) -> int:
+        return 0
+
+    def weights_to_host(self) -> int:
+        return 0
+
+    def to_device(self) -> None: ...
+
+
+def test_a_step_asks_the_server_in_the_one_order_that_fits(engine, reference):
+    client = RecordingEngine(url=engine.url, log_path=engine.log_path)
+    colocation = Colocation(is_on=True, engines={0: client}, free_bytes=None, together=lambda work: work())
+    trainer = TrainerOfNothing()
+    colocation.to(Phase.TRAIN, trainer)
+    colocation.to(Phase.SYNC, trainer)
+    load(client, [(name, p.detach()) for name, p in reference.named_parameters()], version="default")
+    colocation.to(Phase.ROLLOUT, trainer)
+    asked = [question for question, _ in itertools.groupby(client.asked)]
+    assert asked == [
+        "/flush_cache",
+        "/release_memory_occupation kv_cache",
+        "/flush_cache",
+        "/release_memory_occupation weights",
+        "/resume_memory_occupation weights",
+        "/begin_weight_update",
+        "/update_weights_from_tensor",
+        "/end_weight_update",
+        "/flush_cache",
+        "/update_weight_version",
+        "/resume_memory_occupation kv_cache",
+    ]
+    prompt = prompts_of_many_lengths()[4]
+    assert worst_gap(reference, prompt, complete(client, [prompt])[0]) < TOLERANCE
 
 
 def test_weights_from_a_folder_take_effect(engine, folder, reference, tmp_path):

@@ -1,0 +1,101 @@
+"""What one rank finds out, all ranks know; and a rank that hangs is found out too."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+WORKER = """
+import sys, time
+from megatron_ext.parallel import close_parallel, init_parallel
+from searche1.ranks import Ranks
+from searche1.types import UserError
+
+layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
+ranks = Ranks(layout, timeout_s=2.0)
+
+
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, [layout.rank, *words])) + "\\n")  # at once: ranks share the terminal
+    sys.stdout.flush()
+
+
+def work(seconds, *, beats):
+    def run():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            if beats:
+                ranks.beat()
+        return "done"
+    return run
+
+
+def fail_on(rank):
+    def run():
+        if layout.rank == rank:
+            raise UserError(f"rank {rank} cannot")
+        return layout.rank
+    return run
+
+
+say("writer", ranks.from_writer(lambda: "value of 0" if layout.rank == 0 else "not called"))
+say("everywhere", ranks.everywhere(lambda: layout.rank * 10))
+for rank in (0, 1):
+    try:
+        ranks.everywhere(fail_on(rank))
+    except UserError as error:
+        say("told", error)
+try:
+    ranks.from_writer(fail_on(0))
+except UserError as error:
+    say("told by writer:", error)
+say("long", ranks.from_writer(work(5.0, beats=True)))
+if "hang" in sys.argv:
+    try:
+        ranks.from_writer(work(8.0, beats=False))
+    except UserError as error:
+        say("hang", error)
+        sys.exit(3)
+close_parallel()
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    worker = folder / "worker.py"
+    worker.write_text(WORKER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*torchrun, str(worker), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_results_and_mistakes_reach_every_rank_and_long_work_with_beats_is_waited_for(tmp_path):
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        lines = [line[2:] for line in result.stdout.splitlines() if line.startswith(f"{rank} ")]
+        assert lines == [
+            "writer value of 0",
+            "everywhere [0, 10]",
+            "told rank 0 cannot",
+            "told rank 1 cannot",
+            "told by writer: rank 0 cannot",
+            "long done",
+        ]
+
+
+def test_a_silent_rank_0_is_told_and_not_waited_for(tmp_path):
+    result = run(tmp_path, "hang")
+    assert result.returncode != 0
+    assert "1 hang rank 0 has made no progress for 2 s" in result.stdout
+    assert "0 hang" not in result.stdout
