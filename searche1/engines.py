@@ -54,7 +54,7 @@ class Engines:
         self._directory = directory
         is_gpu = device.type == "cuda"
         is_shared = {"auto": is_gpu, "always": True, "never": False}[config.train.offload] and not config.engine.urls
-        free_bytes = _free_gpu_bytes if is_gpu and is_shared else None
+        free_bytes = free_gpu_bytes if is_gpu and is_shared else None
         free_before = free_bytes() if free_bytes else 0
         places = places_of(config, device=device.type, world_size=ranks.world_size)
         self._led: dict[int, Engine] = {}
@@ -169,6 +169,7 @@ class Engines:
         return True
 
 
-def _free_gpu_bytes() -> int:
+def free_gpu_bytes() -> int:
+    """Memory of this rank's GPU that any process could take."""
     torch.cuda.empty_cache()  # what the allocator keeps for itself is free to others only then
     return torch.cuda.mem_get_info()[0]

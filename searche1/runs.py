@@ -35,6 +35,8 @@ HARMLESS_KEYS = frozenset(
         "run.out",
         "engine.port",
         "engine.count",
+        "engine.urls",
+        "engine.verify_sync",
         "engine.mem_fraction",
         "engine.max_total_tokens",
         "engine.max_running",
@@ -53,9 +55,11 @@ HARMLESS_KEYS = frozenset(
         "engine.cuda_graph",
         "parallel.tensor",  # checkpoints are read in any layout
         "parallel.pipeline",
+        "parallel.context",
         "parallel.expert",
         "parallel.sequence",
         "train.max_tokens",  # row weights make the loss the same however a batch is packed
+        "train.offload",
         "train.recompute",
         "train.loss_mode",
         "train.logits_chunk",

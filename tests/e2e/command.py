@@ -1,6 +1,7 @@
 """The command line as a user runs it, in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,28 @@ def settings(world: Path, out: Path) -> list[str]:
         f"retriever.index={world / 'index'}",
         *(f"data.{name}={world / name}.jsonl" for name in ("train", "validation", "test")),
     ]
+
+
+def kill_engine(log: Path) -> None:
+    """SIGKILL to the server that writes this log."""
+    servers = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if b"cpu_server" in _read(folder / "cmdline") and _target(folder / "fd/1") == str(log.resolve())
+    ]
+    assert servers
+    os.kill(min(servers), signal.SIGKILL)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # processes come and go
+        return b""
+
+
+def _target(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,10 +1,19 @@
-"""A toy world with its index, made once."""
+"""A toy world with its index, and one tiny cycle on it, each made once."""
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import kill_engine
 
 from searche1.quickstart import make_world
+
+# Every hand-over between trainer and engines happens, and every synced weight is compared.
+STRICT = ("train.offload=always", "engine.verify_sync=exact", "engine.sync_bucket_mb=1")
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +21,46 @@ def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "world"
     make_world(folder, seed=0)
     return folder
+
+
+def quickstart(out: Path, on_line: Callable[[subprocess.Popen, str], None]) -> tuple[str, int]:
+    """What the fast quickstart prints, and its exit code; `on_line` sees it line by line."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "searche1", "quickstart", "--fast", "--out", str(out), *STRICT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        on_line(process, line)
+    return "".join(printed), process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """A run that got Ctrl-C when its OPSD round began: its folder, what it printed, its exit code."""
+    out = tmp_path_factory.mktemp("cycle") / "run"
+
+    def on_line(process: subprocess.Popen, line: str) -> None:
+        if "== cycle0/opsd ==" in line:
+            process.send_signal(signal.SIGINT)
+
+    return out, *quickstart(out, on_line)
+
+
+@pytest.fixture(scope="session")
+def finished(interrupted: tuple[Path, str, int]) -> tuple[Path, str]:
+    """The same command again, to its end, though its engine is killed when the pairs are there."""
+    out = interrupted[0]
+
+    def on_line(process: subprocess.Popen, line: str) -> None:
+        if "pairs from 32 questions" in line:
+            kill_engine(out / "logs/engine0.log")
+
+    printed, code = quickstart(out, on_line)
+    assert code == 0, printed
+    return out, printed

@@ -1,10 +1,6 @@
 """One tiny cycle with every real part, stopped in the middle and continued."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,34 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
-    """A run that got Ctrl-C when its OPSD round began: its folder, what it printed, its exit code."""
-    out = tmp_path_factory.mktemp("cycle") / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "searche1", "quickstart", "--fast", "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if "== cycle0/opsd ==" in line:
-            process.send_signal(signal.SIGINT)
-    return out, "".join(printed), process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def finished(interrupted: tuple[Path, str, int]) -> tuple[Path, str]:
-    """The same command again, to its end."""
-    result = searche1("quickstart", "--fast", "--out", str(interrupted[0]), timeout_s=500)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return interrupted[0], result.stdout
 
 
 def test_ctrl_c_says_how_to_go_on_and_leaves_no_process_behind(interrupted: tuple[Path, str, int]) -> None:
@@ -62,6 +30,13 @@ def test_the_same_command_skips_what_is_finished(finished: tuple[Path, str]) -> 
     assert summary["final_model"] == "final"
     for stage in summary["stages"]:
         assert stage["num_questions"] == 300 and 0 < stage["em"] < 1 and stage["mean_searches"] > 1
+
+
+def test_an_engine_that_was_killed_is_started_again_and_nothing_is_lost(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert "starting engine 0 again" in printed
+    check = json.loads((out / "cycle0/opsd/teacher_check.json").read_text())
+    assert check["num_starts"] == 16
 
 
 def test_a_finished_run_only_shows_its_table(finished: tuple[Path, str]) -> None:

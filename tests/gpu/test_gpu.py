@@ -18,12 +18,15 @@ from megatron_ext.model import ModelSettings, build_model, has_transformer_engin
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from megatron_ext.vocab_parallel import TokenLogprobs
+from searche1.colocation import Colocation, Phase
 from searche1.config import OPSDConfig, TrainConfig
+from searche1.engines import free_gpu_bytes
 from searche1.opsd import opsd_metrics
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, read_shape
 from searche1.rollout.engine import start_engine
-from searche1.rollout.servers import buckets
+from searche1.rollout.places import engine_places
+from searche1.sync import Link, send_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +108,9 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
         return value, {"loss": value.detach()}
 
     policy.train_step(packed, loss, lr=1e-2)  # now the engine's own weights are stale
-    trainer = policy.by_sample(packed, policy.logprobs(packed, temperature=1.0), num_samples=3)
+    expected = policy.by_sample(packed, policy.logprobs(packed, temperature=1.0), num_samples=3)
+    (place,) = engine_places(count=1, tensor=1, device="cuda", world_size=1, ranks_per_node=1)
+    free_before = free_gpu_bytes()
     with start_engine(
         model_path=POLICY,
         device="cuda",
@@ -113,24 +118,37 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
         tensor=1,
         port=0,
         seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=20000,
+        mem_fraction=0.4,
+        max_total_tokens=0,
         max_running=64,
         context_length=1000,
         attention_backend="triton",
         log_path=tmp_path / "engine.log",
+        sampling_backend="pytorch",
+        cuda_graph=False,
+        can_sleep=True,
     ) as engine:
         engine.wait_until_ready(timeout_s=600)
+        link = Link(place, engine)
+        colocation = Colocation(
+            is_on=True,
+            engines={0: engine},
+            free_bytes=free_gpu_bytes,
+            free_before_engines=free_before,
+            together=lambda work: work(),
+        )
         ids = [list(s.prompt_ids + s.response_ids) for s in samples()]
         for version in ("1", "2"):
-            engine.load_weights(buckets(policy.hf_weights(), 1 << 20), version=version)
-            for mine, theirs in zip(trainer, engine.logprobs(ids), strict=True):
+            awake = free_gpu_bytes()
+            colocation.to(Phase.TRAIN, policy)  # measures itself that 0.4 of the GPU came free
+            assert free_gpu_bytes() - awake > 0.3 * torch.cuda.get_device_properties(0).total_memory
+            policy.train_step(packed, loss, lr=0.0)  # memory that came back is memory that works
+            colocation.to(Phase.SYNC, policy)
+            send_weights(policy.hf_buckets(bucket_bytes=1 << 20), [link], version=version, is_exact=True)
+            colocation.to(Phase.ROLLOUT, policy)
+            for mine, theirs in zip(expected, engine.logprobs(ids), strict=True):
                 gap = (torch.tensor(mine) - torch.tensor(theirs[7:])).abs().mean()
                 assert gap < 1e-2
-            free = torch.cuda.mem_get_info()[0]
-            engine.sleep()
-            assert torch.cuda.mem_get_info()[0] > free
-            engine.wake()
 
 
 def test_the_layer_spec_says_what_it_uses(layout: Layout) -> None:
