@@ -5,7 +5,7 @@
 
 Small HTTP servers answer SGLang's /generate after the time that their tokens would take; turns have log-normal
 lengths. No schedule is shorter than the longest trajectory, nor than all work spread evenly over all engines. Beside
-ours runs the usual one, in which every group stays on the engine that it got. Prints a table, and JSON as the last line.
+ours runs the usual one, in which every group stays on its engine. Prints a table, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -39,17 +39,13 @@ SEARCH_S = 0.1
 class Letters:
     """A tokenizer of one id a letter."""
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": self.encode(text)}
+    chat_template = None
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return [ord(letter) for letter in text]
 
     def decode(self, ids: Any, **_: Any) -> str:
         return "".join(map(chr, ids))
-
-    def apply_chat_template(self, messages: Any, **_: Any) -> list[int]:
-        return self.encode(messages[-1]["content"])
 
 
 def turn_tokens(seed: int) -> float:
