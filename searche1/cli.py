@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from searche1.retrieval.server import main as retriever
 
         return _guarded(lambda: retriever(arguments[1:]))
+    if arguments[:1] == ["plan"]:  # takes options between its settings, which a subcommand's parser cannot
+        planned = plan_parser().parse_intermixed_args(arguments[1:])
+        return _guarded(lambda: _plan(planned))
     parsed = parser.parse_args(arguments)
     if parsed.run is None:
         parser.print_help()
@@ -87,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("retriever", help="serve a corpus over HTTP (see `searche1 retriever --help`)")
 
+    commands.add_parser("plan", help="does a config fit on GPUs, and how long is a step? (see `searche1 plan --help`)")
+
     report = commands.add_parser("report", help="draw curve.png and report.html of a run")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -97,6 +102,29 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--config", help="YAML file whose values to show")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(run=_config)
+    return parser
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="searche1 plan",
+        description="Does a config fit on these GPUs, which layouts are legal, how long does a step take? Arithmetic: "
+        "needs no GPU and no weights. Exit status: 0 it fits, 1 it does not, 2 a mistake.",
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG key=value", help="YAML file, and settings that differ from it"
+    )
+    parser.add_argument("--config", help="the YAML file, as other commands take it")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (default 8)")
+    parser.add_argument("--gpu", default="h800", help="h800 (default), h100, h200 or a100")
+    parser.add_argument("--no-dry-build", action="store_true", help="only arithmetic; do not build any rank's model")
+    parser.add_argument("--json", type=Path, help="also write the plan to this file")
+    lengths = parser.add_argument_group("mean lengths of a trajectory, for the step time")
+    lengths.add_argument("--mean-turns", type=float, default=3.0, help="generations (default 3)")
+    lengths.add_argument("--mean-turn-tokens", type=float, default=120.0, help="tokens of one (default 120)")
+    lengths.add_argument("--mean-observation-tokens", type=float, default=450.0, help="tokens of one (default 450)")
+    lengths.add_argument("--mean-prompt-tokens", type=float, default=250.0, help="tokens (default 250)")
     return parser
 
 
@@ -132,6 +160,31 @@ def _report(parsed: argparse.Namespace) -> None:
     if not (parsed.run_dir / "summary.json").is_file():
         raise UserError(f"{parsed.run_dir} holds no summary.json; give the folder of a run whose first stage is done")
     print(write_report(parsed.run_dir))
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from searche1.config import load_config
+    from searche1.planner.hardware import Lengths, cluster
+    from searche1.planner.plan import make_plan, plan_to_json
+    from searche1.planner.show import show_plan
+
+    files = [word for word in parsed.words if "=" not in word] + ([parsed.config] if parsed.config else [])
+    if len(files) != 1:
+        raise UserError(f"give one config file to plan, such as configs/qwen2.5-3b.yaml, got {len(files)}")
+    config = load_config(files[0], [word for word in parsed.words if "=" in word])
+    lengths = Lengths(
+        parsed.mean_turns, parsed.mean_turn_tokens, parsed.mean_observation_tokens, parsed.mean_prompt_tokens
+    )
+    machines = cluster(parsed.gpu, nodes=parsed.nodes, gpus_per_node=parsed.gpus_per_node)
+    plan = make_plan(config, machines, lengths=lengths, builds=not parsed.no_dry_build)
+    show_plan(plan, Console())
+    if parsed.json:
+        parsed.json.write_text(json.dumps(plan_to_json(plan), indent=2) + "\n")
+    return 0 if plan.fits else 1
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

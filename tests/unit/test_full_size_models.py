@@ -7,57 +7,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_ext.hf_mapping import from_shards, hf_sizes, model_rules, model_shape, to_shard
+from megatron_ext.known_models import KNOWN_MODELS, hf_config
 from megatron_ext.model import ModelSettings, transformer_config
 from megatron_ext.parallel import Layout
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
-
-def sizes(hidden, layers, heads, kv_heads, ffn, vocab, *, tied=False, **others):
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": ffn,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        **others,
-    }
-
-
-A3B = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-# From the config.json of the released checkpoints: family, sizes, billions of parameters.
-MODELS = {
-    "Qwen2.5-3B": ("qwen2", sizes(2048, 36, 16, 2, 11008, 151936, tied=True), 3.09),
-    "Qwen2.5-7B": ("qwen2", sizes(3584, 28, 28, 4, 18944, 152064), 7.62),
-    "Qwen2.5-14B": ("qwen2", sizes(5120, 48, 40, 8, 13824, 152064), 14.77),
-    "Qwen2.5-32B": ("qwen2", sizes(5120, 64, 40, 8, 27648, 152064), 32.76),
-    "Qwen2.5-72B": ("qwen2", sizes(8192, 80, 64, 8, 29568, 152064), 72.71),
-    "Qwen3-8B": ("qwen3", sizes(4096, 36, 32, 8, 12288, 151936, head_dim=128), 8.19),
-    "Qwen3-30B-A3B": ("qwen3_moe", sizes(2048, 48, 32, 4, 6144, 151936, head_dim=128, **A3B), 30.53),
-    "Llama-3.3-70B": ("llama", sizes(8192, 80, 64, 8, 28672, 128256, rope_parameters=LLAMA3), 70.55),
-    "Mistral-7B-v0.3": ("mistral", sizes(4096, 32, 32, 8, 14336, 32768, sliding_window=None), 7.25),
-}
-
-
-@pytest.fixture(params=MODELS, scope="module")
+@pytest.fixture(params=KNOWN_MODELS, scope="module")
 def model(request):
     """(config, {name: meta tensor}) as transformers would build it."""
-    family, numbers, billions = MODELS[request.param]
-    config = AutoConfig.for_model(family, **numbers)
+    known = KNOWN_MODELS[request.param]
+    config = AutoConfig.for_model(known.model_type, **known.numbers)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(built).__name__]
+    assert hf_config(known).architectures == config.architectures
     parameters = as_saved(built.named_parameters())  # a tied head is listed once
-    assert sum(p.numel() for p in parameters.values()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert sum(p.numel() for p in parameters.values()) / 1e9 == pytest.approx(known.billions, abs=0.01)
     return config, parameters
 
 

@@ -1,0 +1,392 @@
+"""How many bytes a rank needs, from the numbers of the model and of the layout: arithmetic, nothing is allocated.
+
+Parameters are counted over the same rules that build and load the model. What a layer saves for backward is the list
+of tensors that Megatron's local layers save, checked against measurements in tests/unit/test_planner.py.
+Symbols: H hidden size, F feed-forward size, q and k sizes of all query and all key heads, d head size, V vocabulary,
+T tensor-, P pipeline-, C context- and E expert-parallel ranks, b bytes of the training type.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+
+from megatron_ext.hf_mapping import (
+    EMBEDDING,
+    FINAL,
+    HEAD,
+    ModelShape,
+    Rule,
+    hf_size,
+    layer_rules,
+    model_rules,
+    padded_vocab_size,
+)
+
+RECOMPUTE_MODES = ("none", "selective", "full")  # the cheapest first
+GRADIENT_BYTES = 4  # gradients are summed in float32
+MOMENT_BYTES = 8  # Adam's two, float32
+LAYERS_AT_WORK = 1  # of a stage that recomputes
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """How `world` ranks share a model. Their product with the data-parallel size is `world`."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+
+    @property
+    def data(self) -> int:
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def optimizer_shards(self) -> int:
+        """Ranks that hold the same weights, experts apart: the sharded optimizer divides its state over them."""
+        return self.data * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        return self.optimizer_shards // self.expert
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements on one rank."""
+
+    dense: int
+    expert: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+@functools.cache
+def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> Parameters:
+    """What a rank of a pipeline stage holds, vocabulary padding and the copy of a tied embedding included."""
+    experts = range(shape.num_experts // sizes.expert)
+    layers = shape.num_layers // sizes.pipeline
+    dense = expert = 0
+    for rule in layer_rules(shape, 0, experts=experts):
+        if rule.is_expert:
+            expert += layers * _shard_elements(rule, shape, sizes)
+        else:
+            dense += layers * _shard_elements(rule, shape, sizes)
+    is_last = stage == sizes.pipeline - 1
+    if stage == 0:
+        dense += _shard_elements(EMBEDDING, shape, sizes)
+    if is_last:
+        dense += sum(_shard_elements(rule, shape, sizes) for rule in FINAL)
+        if not shape.tied_embeddings or sizes.pipeline > 1:
+            dense += _shard_elements(HEAD, shape, sizes)
+    return Parameters(dense, expert)
+
+
+def _shard_elements(rule: Rule, shape: ModelShape, sizes: ParallelSizes) -> int:
+    if rule.layout == "vocab":
+        return padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size
+    whole = sum(prod(hf_size(name, shape)) for name in rule.hf)
+    return whole if rule.layout == "replicated" else whole // sizes.tensor
+
+
+def largest_parameter(shape: ModelShape, sizes: ParallelSizes) -> int:
+    """Elements of the largest tensor on a rank that is neither embedding nor head."""
+    return max(_shard_elements(rule, shape, sizes) for rule in layer_rules(shape, 0, experts=range(1)))
+
+
+@functools.cache
+def model_parameters(shape: ModelShape) -> int:
+    """Elements of the whole model, as its folder stores it."""
+    return sum(prod(hf_size(name, shape)) for rule in model_rules(shape) for name in rule.hf)
+
+
+@functools.cache
+def largest_tensor(shape: ModelShape) -> int:
+    """Elements of the largest tensor of the model's folder."""
+    return max(prod(hf_size(name, shape)) for rule in model_rules(shape) for name in rule.hf)
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Elements that one token meets in the layers: all but the experts that are not chosen."""
+    chosen = layer_rules(shape, 0, experts=range(shape.experts_per_token))
+    return shape.num_layers * sum(prod(hf_size(name, shape)) for rule in chosen for name in rule.hf)
+
+
+def lora_parameters(shape: ModelShape, sizes: ParallelSizes, rank: int) -> Parameters:
+    """Adapter elements on a rank of any stage: seven projections a layer, attention's four beside experts."""
+    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    tensor = sizes.tensor
+    # Of a column-parallel linear A is whole on every rank and B a slice; of a row-parallel one the other way round.
+    elements = 3 * rank * hidden + rank * (queries + 2 * keys) // tensor + rank * queries // tensor + rank * hidden
+    if not shape.num_experts:
+        elements += 2 * rank * hidden + 3 * rank * shape.ffn_size // tensor + rank * hidden
+    return Parameters(shape.num_layers // sizes.pipeline * elements)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes on a rank that live as long as the trainer is on the GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_state(
+    shape: ModelShape,
+    sizes: ParallelSizes,
+    stage: int,
+    *,
+    dtype_bytes: int,
+    distributed_optimizer: bool,
+    lora_rank: int = 0,
+) -> ModelState:
+    """Weights, gradient buffers, and Adam's moments with the float32 main weights that 2-byte weights need.
+
+    With `lora_rank` the model is frozen and only its adapters have gradients.
+    """
+    held = stage_parameters(shape, sizes, stage)
+    adapters = lora_parameters(shape, sizes, lora_rank) if lora_rank else Parameters(0)
+    trained = adapters if lora_rank else held
+    per_element = MOMENT_BYTES + (4 if dtype_bytes < 4 else 0)
+    dense, expert = trained.dense * per_element, trained.expert * per_element
+    if distributed_optimizer:
+        dense, expert = dense // sizes.optimizer_shards, expert // sizes.expert_shards
+    return ModelState(
+        weights=(held.total + adapters.total) * dtype_bytes,
+        gradients=trained.total * GRADIENT_BYTES,
+        optimizer=dense + expert,
+    )
+
+
+# -- activations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """What decides how much a forward pass saves."""
+
+    recompute: str  # one of RECOMPUTE_MODES
+    dtype_bytes: int
+    lora_rank: int = 0  # 0: all weights are trained
+    is_fused: bool = True  # norms save their input only, as on a GPU; on a CPU also what they normalized, in float32
+
+
+def layer_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass) -> float:
+    """Bytes that a layer saves for backward per token of the rank's part of a micro-batch, without recomputing."""
+    b, tensor = settings.dtype_bytes, sizes.tensor
+    between = tensor if sizes.sequence else 1  # what lies between linears is cut over tensor ranks or whole on each
+    hidden, d = shape.hidden_size, shape.head_dim
+    queries, keys = shape.num_heads * d, shape.num_kv_heads * d
+    norm_input = 2 * hidden * b / between
+    linear_input = 2 * hidden * b / between  # of the fused q k v and of the MLP
+    # q k v as the linear wrote them (v is a view into it), q and k turned, the output, its copy for the next linear.
+    attention = ((queries + 2 * keys) + (queries + keys) + queries + queries) * b / tensor
+    attention += shape.num_heads * 4 / tensor  # a log-sum-exp a head
+    rotation = 4 * d * b  # cosine and sine for q and for k
+    if shape.has_qk_norm:
+        attention += queries * b / tensor  # k is normalized where it lies
+    total = norm_input + linear_input + attention + rotation
+    if not settings.is_fused:
+        normed = 2 * hidden / between
+        if shape.has_qk_norm:
+            normed += (queries + keys) / tensor
+        # In float32 the input is the saved one; of other types a float32 copy takes its place.
+        trained = 0 if settings.lora_rank else normed
+        total += 4 * trained if b == 4 else 4 * (normed + trained) - normed * b
+    total += _expert_bytes(shape, sizes, b) if shape.num_experts else 5 * shape.ffn_size * b / tensor
+    if settings.lora_rank:
+        total += _adapter_columns(shape, sizes) * settings.lora_rank * b
+    return total
+
+
+def _expert_bytes(shape: ModelShape, sizes: ParallelSizes, b: int) -> float:
+    """A token's copies for its experts, and the router's numbers; experts are thought evenly loaded."""
+    chosen, size = shape.experts_per_token, shape.expert_ffn_size
+    copies = chosen * (shape.hidden_size + 6 * size) * b / sizes.tensor
+    router = (5 * shape.num_experts + 20 * chosen) / sizes.tensor
+    return copies + router
+
+
+def _adapter_columns(shape: ModelShape, sizes: ParallelSizes) -> float:
+    """Outputs of A that B saves, in units of the adapter's rank."""
+    shared, cut = (3, 1) if shape.num_experts else (5, 2)
+    return shared + cut / (sizes.tensor if sizes.sequence else 1)
+
+
+def attention_core_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass) -> float:
+    """What `selective` recomputes: the core's output and log-sum-exp, per token and layer."""
+    return (shape.num_heads * shape.head_dim * settings.dtype_bytes + shape.num_heads * 4) / sizes.tensor
+
+
+def work_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass) -> float:
+    """Gradients that are there at once while backward is in the MLP of a layer, per token."""
+    b, tensor = settings.dtype_bytes, sizes.tensor
+    between = tensor if sizes.sequence else 1
+    mlp = shape.experts_per_token * shape.expert_ffn_size if shape.num_experts else shape.ffn_size
+    gathered = shape.hidden_size * b if sizes.sequence else 0  # sequence parallelism gathers a linear's input again
+    return 4 * mlp * b / tensor + 2 * shape.hidden_size * b / between + gathered
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one rank at the height of a training pass."""
+
+    saved: int  # for backward, of all micro-batches under way
+    work: int  # comes and goes: gradients of the layer at work, and that layer itself if it is recomputed
+
+    @property
+    def total(self) -> int:
+        return self.saved + self.work
+
+
+def activation_bytes(
+    shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass, *, tokens: int, stage: int = 0
+) -> Activations:
+    """Memory of the activations of a stage, at `tokens` tokens a micro-batch, which context ranks share.
+
+    Under 1F1B a stage has as many micro-batches under way as there are stages from it to the end.
+    """
+    mine = tokens / sizes.context
+    under_way = sizes.pipeline - stage
+    layers = shape.num_layers // sizes.pipeline
+    whole = layer_bytes(shape, sizes, settings) * mine
+    if sizes.context > 1:  # attention gathers the keys and values of all context ranks
+        keys = shape.num_kv_heads * shape.head_dim / sizes.tensor
+        whole += 2 * keys * settings.dtype_bytes * (tokens - mine)
+    if settings.lora_rank:  # A's of one linear, put together: no matter how many tokens
+        whole += _joined_a(shape, sizes) * settings.lora_rank * settings.dtype_bytes
+    work = work_bytes(shape, sizes, settings) * mine
+    between = sizes.tensor if sizes.sequence else 1
+    edge = shape.hidden_size * settings.dtype_bytes / between * mine
+    if settings.recompute == "full":
+        saved, work = layers * edge, work + LAYERS_AT_WORK * whole
+    elif settings.recompute == "selective":
+        core = attention_core_bytes(shape, sizes, settings) * mine
+        saved, work = layers * (whole - core), work + core
+    else:
+        saved = layers * whole
+    if stage == sizes.pipeline - 1:  # the last norm's input and output
+        saved += (2 if settings.is_fused else 3) * edge
+    return Activations(round(under_way * saved), round(work))
+
+
+def _joined_a(shape: ModelShape, sizes: ParallelSizes) -> float:
+    queries = shape.num_heads * shape.head_dim
+    attention = 3 * shape.hidden_size + queries / sizes.tensor
+    return attention if shape.num_experts else attention + 2 * shape.hidden_size + shape.ffn_size / sizes.tensor
+
+
+def choose_recompute(
+    shape: ModelShape,
+    sizes: ParallelSizes,
+    *,
+    tokens: int,
+    budget_bytes: float,
+    dtype_bytes: int = 2,
+    lora_rank: int = 0,
+    stage: int = 0,
+) -> str:
+    """The recompute mode that repeats least among those whose activations fit. Raises ValueError if none does.
+
+    Args:
+        tokens: of a micro-batch.
+        budget_bytes: what is free for activations on the GPU.
+    """
+    least = 0
+    for mode in RECOMPUTE_MODES:
+        settings = TrainingPass(mode, dtype_bytes, lora_rank)
+        least = activation_bytes(shape, sizes, settings, tokens=tokens, stage=stage).total
+        if least <= budget_bytes:
+            return mode
+    raise ValueError(
+        f"activations of {tokens} tokens take {least / 1e9:.1f} GB even when recomputed, and "
+        f"{budget_bytes / 1e9:.1f} GB are free for them; "
+        "use fewer tokens a micro-batch, or more tensor- or context-parallel ranks"
+    )
+
+
+def largest_micro_batch(
+    shape: ModelShape,
+    sizes: ParallelSizes,
+    *,
+    recompute: str,
+    budget_bytes: float,
+    dtype_bytes: int = 2,
+    lora_rank: int = 0,
+    stage: int = 0,
+) -> int:
+    """The most tokens of a micro-batch whose activations fit into `budget_bytes`; 0 if none do."""
+    settings = TrainingPass(recompute, dtype_bytes, lora_rank)
+    least = activation_bytes(shape, sizes, settings, tokens=0, stage=stage).total
+    unit = 1 << 20  # activations grow linearly
+    slope = (activation_bytes(shape, sizes, settings, tokens=unit, stage=stage).total - least) / unit
+    return max(0, int((budget_bytes - least) / slope))
+
+
+# -- the head -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadPass:
+    """How the head and the losses run (docs/losses.md)."""
+
+    mode: str  # train.loss_mode
+    chunk: int  # rows
+    dtype_bytes: int
+
+
+def head_bytes(
+    shape: ModelShape, sizes: ParallelSizes, settings: HeadPass, *, rows: int, is_pair: bool, is_trained: bool
+) -> int:
+    """What the head and the loss of a micro-batch hold on the last stage: logits, the rows' hidden states, gradients.
+
+    Args:
+        rows: policy tokens of the micro-batch.
+        is_pair: the loss compares student and teacher (OPSD).
+        is_trained: the head's weight gets a gradient (GRPO).
+    """
+    b, hidden = settings.dtype_bytes, shape.hidden_size
+    columns = padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor
+    copies = 2 if is_pair else 1
+    if settings.mode == "materialized":
+        logits = rows * columns * b
+    else:
+        buffers = 2 if sizes.tensor > 1 else 1  # one waits for the other ranks' message
+        logits = buffers * min(settings.chunk, rows) * columns * b
+    gradient = columns * hidden * (4 + (b if b < 4 else 0)) if is_trained else 0
+    return copies * logits + 2 * rows * hidden * b + gradient
+
+
+# -- the engine -----------------------------------------------------------------------------------
+
+
+def engine_weight_bytes(shape: ModelShape, tensor: int, dtype_bytes: int) -> int:
+    """Weights on each GPU of an engine; key-value heads are repeated when there are fewer than GPUs."""
+    elements = 0.0
+    for rule in model_rules(shape):
+        for name in rule.hf:
+            whole = prod(hf_size(name, shape))
+            if rule.layout == "replicated":
+                elements += whole
+            elif ".k_proj" in name or ".v_proj" in name:
+                elements += whole / min(tensor, shape.num_kv_heads)
+            else:
+                elements += whole / tensor
+    return round(elements * dtype_bytes)
+
+
+def kv_bytes(shape: ModelShape, tensor: int, dtype_bytes: int) -> int:
+    """Key-value cache of one token on each GPU of an engine."""
+    heads = max(1, shape.num_kv_heads // tensor)
+    return 2 * shape.num_layers * heads * shape.head_dim * dtype_bytes
