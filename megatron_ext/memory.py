@@ -27,7 +27,6 @@ from megatron_ext.hf_mapping import (
 RECOMPUTE_MODES = ("none", "selective", "full")  # the cheapest first
 GRADIENT_BYTES = 4  # gradients are summed in float32
 MOMENT_BYTES = 8  # Adam's two, float32
-LAYERS_AT_WORK = 1  # of a stage that recomputes
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,9 @@ def _shard_elements(rule: Rule, shape: ModelShape, sizes: ParallelSizes) -> int:
     return whole if rule.layout == "replicated" else whole // sizes.tensor
 
 
+@functools.cache
 def largest_parameter(shape: ModelShape, sizes: ParallelSizes) -> int:
-    """Elements of the largest tensor on a rank that is neither embedding nor head."""
+    """Elements of the largest tensor of a layer on a rank."""
     return max(_shard_elements(rule, shape, sizes) for rule in layer_rules(shape, 0, experts=range(1)))
 
 
@@ -112,6 +112,7 @@ def largest_tensor(shape: ModelShape) -> int:
     return max(prod(hf_size(name, shape)) for rule in model_rules(shape) for name in rule.hf)
 
 
+@functools.cache
 def active_parameters(shape: ModelShape) -> int:
     """Elements that one token meets in the layers: all but the experts that are not chosen."""
     chosen = layer_rules(shape, 0, experts=range(shape.experts_per_token))
@@ -194,8 +195,8 @@ def layer_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass)
     attention = ((queries + 2 * keys) + (queries + keys) + queries + queries) * b / tensor
     attention += shape.num_heads * 4 / tensor  # a log-sum-exp a head
     rotation = 4 * d * b  # cosine and sine for q and for k
-    if shape.has_qk_norm:
-        attention += queries * b / tensor  # k is normalized where it lies
+    if shape.has_qk_norm and shape.num_kv_heads > tensor:
+        attention += queries * b / tensor  # q is copied out from between several heads' k and v to be normalized
     total = norm_input + linear_input + attention + rotation
     if not settings.is_fused:
         normed = 2 * hidden / between
@@ -204,16 +205,22 @@ def layer_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass)
         # In float32 the input is the saved one; of other types a float32 copy takes its place.
         trained = 0 if settings.lora_rank else normed
         total += 4 * trained if b == 4 else 4 * (normed + trained) - normed * b
-    total += _expert_bytes(shape, sizes, b) if shape.num_experts else 5 * shape.ffn_size * b / tensor
+    if shape.num_experts:
+        total += _expert_bytes(shape, sizes, b, are_trained=not settings.lora_rank)
+    else:  # gate and up as the linear wrote them, silu, up again (Megatron adds an offset of zero), their product
+        total += 5 * shape.ffn_size * b / tensor
     if settings.lora_rank:
         total += _adapter_columns(shape, sizes) * settings.lora_rank * b
     return total
 
 
-def _expert_bytes(shape: ModelShape, sizes: ParallelSizes, b: int) -> float:
-    """A token's copies for its experts, and the router's numbers; experts are thought evenly loaded."""
+def _expert_bytes(shape: ModelShape, sizes: ParallelSizes, b: int, *, are_trained: bool) -> float:
+    """A token's copies for its experts, and the router's numbers; experts are thought evenly loaded.
+
+    Frozen experts do not save what enters their linears.
+    """
     chosen, size = shape.experts_per_token, shape.expert_ffn_size
-    copies = chosen * (shape.hidden_size + 6 * size) * b / sizes.tensor
+    copies = chosen * (5 * size + (shape.hidden_size + size if are_trained else 0)) * b / sizes.tensor
     router = (5 * shape.num_experts + 20 * chosen) / sizes.tensor
     return copies + router
 
@@ -230,12 +237,43 @@ def attention_core_bytes(shape: ModelShape, sizes: ParallelSizes, settings: Trai
 
 
 def work_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass) -> float:
-    """Gradients that are there at once while backward is in the MLP of a layer, per token."""
+    """Gradients that are there when backward enters the MLP of the last layer, per token: later ones find room."""
     b, tensor = settings.dtype_bytes, sizes.tensor
     between = tensor if sizes.sequence else 1
     mlp = shape.experts_per_token * shape.expert_ffn_size if shape.num_experts else shape.ffn_size
     gathered = shape.hidden_size * b if sizes.sequence else 0  # sequence parallelism gathers a linear's input again
-    return 4 * mlp * b / tensor + 2 * shape.hidden_size * b / between + gathered
+    return mlp * b / tensor + 2 * shape.hidden_size * b / between + gathered
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes of one layer and one micro-batch on a rank."""
+
+    whole: float  # all that its backward needs
+    kept: float  # what of it is there between forward and backward; the rest is computed again
+
+
+def layer_activations(
+    shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass, *, tokens: int
+) -> LayerActivations:
+    """What a layer saves of a micro-batch of `tokens` tokens, which context ranks share."""
+    mine, b = tokens / sizes.context, settings.dtype_bytes
+    whole = layer_bytes(shape, sizes, settings) * mine
+    if sizes.context > 1:  # attention gathers the keys and values of all context ranks
+        keys = shape.num_kv_heads * shape.head_dim / sizes.tensor
+        whole += 2 * keys * b * (tokens - mine)
+    if settings.lora_rank:  # the A's of a linear, put together: no matter how many tokens
+        whole += _joined_a(shape, sizes) * settings.lora_rank * b
+    if settings.recompute == "full":
+        return LayerActivations(whole, _edge_bytes(shape, sizes, b) * mine)
+    if settings.recompute == "selective":
+        return LayerActivations(whole, whole - attention_core_bytes(shape, sizes, settings) * mine)
+    return LayerActivations(whole, whole)
+
+
+def _edge_bytes(shape: ModelShape, sizes: ParallelSizes, b: int) -> float:
+    """Of a token between two layers."""
+    return shape.hidden_size * b / (sizes.tensor if sizes.sequence else 1)
 
 
 @dataclass(frozen=True)
@@ -257,27 +295,13 @@ def activation_bytes(
 
     Under 1F1B a stage has as many micro-batches under way as there are stages from it to the end.
     """
-    mine = tokens / sizes.context
-    under_way = sizes.pipeline - stage
-    layers = shape.num_layers // sizes.pipeline
-    whole = layer_bytes(shape, sizes, settings) * mine
-    if sizes.context > 1:  # attention gathers the keys and values of all context ranks
-        keys = shape.num_kv_heads * shape.head_dim / sizes.tensor
-        whole += 2 * keys * settings.dtype_bytes * (tokens - mine)
-    if settings.lora_rank:  # A's of one linear, put together: no matter how many tokens
-        whole += _joined_a(shape, sizes) * settings.lora_rank * settings.dtype_bytes
-    work = work_bytes(shape, sizes, settings) * mine
-    between = sizes.tensor if sizes.sequence else 1
-    edge = shape.hidden_size * settings.dtype_bytes / between * mine
-    if settings.recompute == "full":
-        saved, work = layers * edge, work + LAYERS_AT_WORK * whole
-    elif settings.recompute == "selective":
-        core = attention_core_bytes(shape, sizes, settings) * mine
-        saved, work = layers * (whole - core), work + core
-    else:
-        saved = layers * whole
+    mine, under_way = tokens / sizes.context, sizes.pipeline - stage
+    layer = layer_activations(shape, sizes, settings, tokens=tokens)
+    saved = shape.num_layers // sizes.pipeline * layer.kept
+    work = work_bytes(shape, sizes, settings) * mine + (layer.whole if settings.recompute == "full" else 0)
     if stage == sizes.pipeline - 1:  # the last norm's input and output
-        saved += (2 if settings.is_fused else 3) * edge
+        copies = 2 if settings.is_fused else 3 if settings.dtype_bytes == 4 else 6  # a CPU norms in float32
+        saved += copies * _edge_bytes(shape, sizes, settings.dtype_bytes) * mine
     return Activations(round(under_way * saved), round(work))
 
 
@@ -371,6 +395,7 @@ def head_bytes(
 # -- the engine -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def engine_weight_bytes(shape: ModelShape, tensor: int, dtype_bytes: int) -> int:
     """Weights on each GPU of an engine; key-value heads are repeated when there are fewer than GPUs."""
     elements = 0.0

@@ -17,11 +17,12 @@ from megatron_ext.model import ModelSettings, transformer_config
 from megatron_ext.parallel import Layout
 from searche1.config import Config
 from searche1.planner.hardware import Assumptions, Cluster, Lengths
-from searche1.planner.phases import Memory, longest_trajectory, memory_of, sizes_of
+from searche1.planner.phases import Memory, engine_cache, longest_trajectory, memory_of, sizes_of
 from searche1.planner.speed import StepTime, step_time
 
 Changes = Mapping[str, Any]  # key -> value
-SHOWN = 6  # layouts and pieces of advice
+SHOWN = 6  # layouts and ways to make a config fit
+QUICKER_SHOWN = 3  # ways to make one that fits quicker
 QUICKER = 0.97  # of the step time: less is not worth a line
 NODES_TRIED = (1, 2, 4, 8, 16, 32, 64)
 
@@ -137,6 +138,7 @@ class Candidate:
     """A legal layout with the recompute mode that repeats least among those that fit, or full."""
 
     sizes: ParallelSizes
+    engine_tensor: int
     recompute: str
     fits: bool
     fullest: float  # bytes of the fullest phase
@@ -144,7 +146,8 @@ class Candidate:
 
     @property
     def changes(self) -> dict[str, Any]:
-        return {**_parallel_keys(self.sizes), "train.recompute": self.recompute}
+        keys = {"engine.tensor": self.engine_tensor, "train.recompute": self.recompute}
+        return {**_parallel_keys(self.sizes), **keys}
 
 
 def _parallel_keys(sizes: ParallelSizes) -> dict[str, Any]:
@@ -158,8 +161,13 @@ def _parallel_keys(sizes: ParallelSizes) -> dict[str, Any]:
 
 
 def rank_layouts(setting: Setting) -> list[Candidate]:
-    """Every legal layout of these GPUs, those that fit first, then by estimated step time."""
+    """Every legal layout of these GPUs, those that fit first, then by estimated step time.
+
+    Engines are as large as they must be to hold the model, or as the config says.
+    """
     found = []
+    engine = _engine_tensor(setting)
+    setting = setting.changed({"engine.tensor": engine})
     for sizes in legal_layouts(setting.shape, setting.cluster):
         if refusal(with_keys(setting.config, _parallel_keys(sizes)), setting.shape, setting.cluster):
             continue
@@ -167,9 +175,22 @@ def rank_layouts(setting: Setting) -> list[Candidate]:
             judged = judge(setting.changed({**_parallel_keys(sizes), "train.recompute": mode}))
             if judged.memory.fits or mode == RECOMPUTE_MODES[-1]:
                 fullest = judged.memory.fullest.total
-                found.append(Candidate(sizes, mode, judged.memory.fits, fullest, judged.time.total))
+                found.append(Candidate(sizes, engine, mode, judged.memory.fits, fullest, judged.time.total))
                 break
     return sorted(found, key=lambda candidate: (not candidate.fits, candidate.step_seconds))
+
+
+def _engine_tensor(setting: Setting) -> int:
+    """The config's, or the smallest larger one whose GPUs hold weights and cache."""
+    config, shape, cluster = setting.config, setting.shape, setting.cluster
+    sizes = [n for n in _divisors(cluster.gpus_per_node) if n >= config.engine.tensor and shape.num_heads % n == 0]
+    if config.engine.urls:
+        return config.engine.tensor
+    for tensor in sizes:
+        cache = engine_cache(with_keys(config, {"engine.tensor": tensor}), shape, cluster)
+        if cache.fits:
+            return tensor
+    return config.engine.tensor
 
 
 def legal_layouts(shape: ModelShape, cluster: Cluster) -> Iterator[ParallelSizes]:
@@ -206,16 +227,22 @@ class Advice:
 def advise(setting: Setting) -> list[Advice]:
     """Settings that make a legal config fit, or that make one that fits quicker; the quickest first.
 
-    One change where one is enough, else two, else a whole layout, else the fewest nodes on which some layout fits.
+    To fit, one change where one is enough, else two, else a whole layout, else the fewest nodes on which one fits.
     """
     now = judge(setting)
     single = _tried(setting, [[move] for move in _moves(setting)])
-    if now.memory.fits:
-        return [advice for advice in single if advice.step_seconds < QUICKER * now.time.total][:SHOWN]
-    if single:
+    if single and not now.memory.fits:
         return single[:SHOWN]
     pairs = _tried(setting, [list(pair) for pair in itertools.combinations(_moves(setting), 2)])
-    return pairs[:SHOWN] or advise_layout(setting)
+    if not now.memory.fits:
+        return pairs[:SHOWN] or advise_layout(setting)
+    found: list[Advice] = []
+    for advice in single + pairs:
+        # A second change must be worth it, beside each of the two alone.
+        parts = [other.step_seconds for other in found if other.changes.items() <= advice.changes.items()]
+        if advice.step_seconds < QUICKER * min([now.time.total, *parts]):
+            found.append(advice)
+    return sorted(found, key=lambda advice: advice.step_seconds)[:QUICKER_SHOWN]
 
 
 def advise_layout(setting: Setting) -> list[Advice]:
@@ -225,8 +252,7 @@ def advise_layout(setting: Setting) -> list[Advice]:
         ranked = rank_layouts(larger)
         if ranked and ranked[0].fits:
             best = ranked[0]
-            current = {**_parallel_keys(sizes_of(setting.config, 1)), "train.recompute": setting.config.train.recompute}
-            changes = {key: value for key, value in best.changes.items() if value != current[key]}
+            changes = {key: value for key, value in best.changes.items() if value != _value(setting.config, key)}
             return [Advice(changes, best.fullest, _cache_tokens(larger.changed(changes)), best.step_seconds, nodes)]
     return []
 

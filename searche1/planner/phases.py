@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_ext.hf_mapping import ModelShape, padded_vocab_size
 from megatron_ext.memory import (
-    GRADIENT_BYTES,
     HeadPass,
     ModelState,
     ParallelSizes,
@@ -102,7 +101,7 @@ def longest_trajectory(config: Config) -> int:
 def memory_of(config: Config, shape: ModelShape, cluster: Cluster, guess: Assumptions) -> Memory:
     """Every phase of a legal layout: exact where tensors are known, assumed where a library decides."""
     sizes = sizes_of(config, cluster.world)
-    cache = None if config.engine.urls else _cache(config, shape, cluster)
+    cache = None if config.engine.urls else engine_cache(config, shape, cluster)
     phases = [
         *([] if cache is None else [_rollout(config, shape, sizes, cluster, guess)]),
         _training(config, shape, sizes, cluster, guess, lora_rank=0),
@@ -129,7 +128,8 @@ def _state(config: Config, shape: ModelShape, sizes: ParallelSizes, stage: int, 
     )
 
 
-def _cache(config: Config, shape: ModelShape, cluster: Cluster) -> Cache:
+def engine_cache(config: Config, shape: ModelShape, cluster: Cluster) -> Cache:
+    """What is left of `engine.mem_fraction` beside an engine's weights."""
     engine, rollout = config.engine, config.rollout
     weights = engine_weight_bytes(shape, engine.tensor, dtype_bytes(config))
     free = engine.mem_fraction * cluster.gpu.memory - weights
@@ -196,10 +196,12 @@ def _training(
             rows = tokens // sizes.context
             loss = head_bytes(shape, sizes, head, rows=rows, is_pair=bool(lora_rank), is_trained=not lora_rank)
             teacher = _teacher_bytes(config, shape, sizes) if lora_rank else 0.0
-        gradient = 0 if lora_rank else _largest_gradient(shape, sizes, stage) * b
-        # Torch's own Adam holds one more float32 tensor of its share while it steps, when activations are gone.
-        step = state.optimizer / 12 * GRADIENT_BYTES
-        busy = max(found.work + gradient, loss, step - found.saved)
+        # Once the activations of a micro-batch are gone there is room for the embedding's gradient, and for the float32
+        # tensor that torch's own Adam holds of its share.
+        room = found.saved / (sizes.pipeline - stage)
+        late = max(0 if lora_rank else _embedding_gradient(shape, sizes, stage) * b, state.optimizer / 12 * 4) - room
+        layer = found.work + (0 if lora_rank else largest_parameter(shape, sizes) * b)
+        busy = max(layer, loss, late)
         by_stage.append(
             [
                 *_state_parts(state),
@@ -213,10 +215,9 @@ def _training(
     return _heaviest("train OPSD" if lora_rank else "train GRPO", by_stage, cluster)
 
 
-def _largest_gradient(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int:
-    """Of one parameter, in the training type, before it is added to the float32 sum."""
-    embedding = padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size
-    return max(largest_parameter(shape, sizes), embedding if stage == 0 else 0)
+def _embedding_gradient(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int:
+    """Elements, before they are added to the float32 sum."""
+    return padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size if stage == 0 else 0
 
 
 def _teacher_bytes(config: Config, shape: ModelShape, sizes: ParallelSizes) -> float:

@@ -189,12 +189,16 @@ def as_overrides(changes: Mapping[str, Any]) -> str:
 def _layouts(plan: Plan, console: Console) -> None:
     if not plan.layouts:
         return
-    _say(console, f"{plan.num_layouts} legal layouts, {plan.num_fitting} fit with the other settings as they are:")
+    engine = plan.layouts[0].engine_tensor
+    other = "the other settings as they are"
+    if engine != plan.setting.config.engine.tensor:
+        other = f"engine.tensor={engine} and {other}"
+    _say(console, f"{plan.num_layouts} legal layouts, {plan.num_fitting} fit with {other}:")
     has_experts = bool(plan.setting.shape.num_experts)
     columns = ["tensor", "pipeline", "context", *(["expert"] if has_experts else []), "data", "recompute"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (*columns, "GB", "step", ""):
-        table.add_column(column, justify="left" if column in ("recompute", "") else "right")
+    for column in (*columns, "GB", "fits", "step"):
+        table.add_column(column, justify="left" if column in ("recompute", "fits") else "right")
     for candidate in plan.layouts:
         sizes = candidate.sizes
         expert = [str(sizes.expert)] if has_experts else []
@@ -202,8 +206,8 @@ def _layouts(plan: Plan, console: Console) -> None:
             *(str(sizes.tensor), str(sizes.pipeline), str(sizes.context), *expert, str(sizes.data)),
             candidate.recompute,
             f"{candidate.fullest / GB:.1f}",
+            "yes" if candidate.fits else "[red]no[/]",
             _seconds(candidate.step_seconds),
-            "" if candidate.fits else "[red]does not fit[/]",
         )
     console.print(table)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_ext.hf_mapping import ModelShape
 from megatron_ext.memory import (
     ParallelSizes,
+    Parameters,
     active_parameters,
     engine_weight_bytes,
     kv_bytes,
@@ -70,14 +71,14 @@ def step_time(
     updates = max(1, sequences // per_update)
     forward = _pass_time(config, shape, sizes, cluster, rates, lengths, per_update, is_training=False)
     training = _pass_time(config, shape, sizes, cluster, rates, lengths, per_update, is_training=True)
-    held = max(stage_parameters(shape, sizes, stage).total for stage in range(sizes.pipeline))
-    weights = held * b
-    state = weights + 12 * held / (sizes.optimizer_shards if config.train.distributed_optimizer else 1)
+    held = max((stage_parameters(shape, sizes, s) for s in range(sizes.pipeline)), key=lambda held: held.total)
+    weights = held.total * b
+    share = _optimizer_share(config, sizes, held)
     parts = []
     if cache is not None:
         parts += _rollout_parts(config, shape, cluster, cache, guess, lengths)
     if config.train.offload != "off":
-        parts.append(Duration("trainer state to the host and back", 2 * state / rates.host))
+        parts.append(Duration("trainer state to the host and back", 2 * (weights + 12 * share) / rates.host))
     parts.append(Duration("old logprobs", updates * forward))
     if config.grpo.kl_coef:
         # The own weights go to the host, the reference's come, the own come back.
@@ -87,7 +88,7 @@ def step_time(
         Duration(
             "gradients and weights between replicas", updates * _replica_time(config, sizes, cluster, rates, held)
         ),
-        Duration("Adam", updates * _adam_time(config, sizes, rates, held)),
+        Duration("Adam", updates * share * (4 + 12 + 12 + b) / rates.memory),
         Duration("weight sync", _sync_time(shape, sizes, cluster, rates, b)),
     ]
     return StepTime(tuple(parts), _opsd_time(config, shape, sizes, cluster, rates, lengths), sequences, updates)
@@ -165,19 +166,19 @@ def _layer_messages(
     return seconds
 
 
-def _replica_time(config: Config, sizes: ParallelSizes, cluster: Cluster, rates: _Rates, held: int) -> float:
+def _optimizer_share(config: Config, sizes: ParallelSizes, held: Parameters) -> float:
+    """Elements that a rank's Adam updates: it reads gradient, moments and main weight and writes the last three."""
+    if not config.train.distributed_optimizer:
+        return held.total
+    return held.dense / sizes.optimizer_shards + held.expert / sizes.expert_shards
+
+
+def _replica_time(config: Config, sizes: ParallelSizes, cluster: Cluster, rates: _Rates, held: Parameters) -> float:
     """An update's reduce-scatter of float32 gradients and all-gather of weights."""
-    shards = sizes.optimizer_shards
-    if shards == 1:
-        return 0.0
-    rate = rates.nvlink if cluster.world // sizes.pipeline <= cluster.gpus_per_node else rates.network
-    return held * (4 + dtype_bytes(config)) * (shards - 1) / shards / rate
-
-
-def _adam_time(config: Config, sizes: ParallelSizes, rates: _Rates, held: int) -> float:
-    """Reads gradient, moments and main weight, writes the last three and the weight."""
-    shards = sizes.optimizer_shards if config.train.distributed_optimizer else 1
-    return held / shards * (4 + 12 + 12 + dtype_bytes(config)) / rates.memory
+    stage = cluster.world // sizes.pipeline  # GPUs that hold one: neighbours
+    rate = rates.nvlink if stage <= cluster.gpus_per_node else rates.network
+    moved = held.dense * (1 - 1 / sizes.optimizer_shards) + held.expert * (1 - 1 / sizes.expert_shards)
+    return moved * (4 + dtype_bytes(config)) / rate
 
 
 def _sync_time(shape: ModelShape, sizes: ParallelSizes, cluster: Cluster, rates: _Rates, b: int) -> float:
