@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_ext.hf_mapping import ModelShape
+from megatron_ext.hf_mapping import ModelShape, Rule
 from megatron_ext.memory import ParallelSizes
 
 
@@ -74,14 +74,19 @@ def dry_build(
         "distributed_optimizer": distributed_optimizer,
         "lora_rank": lora_rank,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_ext.dry_build"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(sizes.world), "PYTHONWARNINGS": "ignore"},
-    )
+    environment = {"CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(sizes.world), "PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_ext.dry_build"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env={**os.environ, **environment},
+        )
+    except subprocess.TimeoutExpired as error:
+        kinds = sizes.tensor * sizes.pipeline * sizes.expert
+        raise ValueError(f"building {kinds} kinds of rank took longer than {timeout_s:.0f} s") from error
     if done.returncode:
         raise ValueError(f"the model cannot be built in this layout: {done.stderr.strip().splitlines()[-1]}")
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -236,6 +241,7 @@ class _Parts:
     def __init__(self, shape: ModelShape, sizes: ParallelSizes) -> None:
         self.shape, self.sizes = shape, sizes
         self.seen: Counter[tuple[str, int]] = Counter()  # (Megatron's name, tensor rank)
+        self.shards: dict[str, list[tuple[int, ...]]] = {}  # Megatron's name: size on each tensor rank
 
     def add(self, model: Any, layout: Any) -> None:
         """Raises ValueError if a shard has another size than its rule says, or a parameter has no rule."""
@@ -253,6 +259,8 @@ class _Parts:
                     f"where its share is {tuple(expected)}"
                 )
             self.seen[rule.megatron, layout.tensor_rank] += 1
+            sizes = self.shards.setdefault(rule.megatron, [()] * layout.tensor)
+            sizes[layout.tensor_rank] = tuple(parameter.shape)
             covered.add(id(parameter))
         is_copy = self.shape.tied_embeddings and model.post_process and not model.pre_process
         copies = {id(model.output_layer.weight)} if is_copy else set()
@@ -260,11 +268,21 @@ class _Parts:
             if id(parameter) not in covered | copies:
                 raise ValueError(f"rank {layout.rank} holds {name}, which no rule of hf_mapping.py names")
 
+    def _put_together(self, rule: Rule) -> dict[str, tuple[int, ...]]:
+        """Sizes of the whole tensors that the rule's shards make up."""
+        import torch
+
+        from megatron_ext.hf_mapping import from_shards
+
+        shards = [torch.empty(size, device="meta") for size in self.shards[rule.megatron]]
+        return {name: tuple(whole.shape) for name, whole in from_shards(rule, shards, self.shape).items()}
+
     def check_whole(self) -> int:
         """The number of tensors that all shards make up. Raises ValueError unless each is there exactly once."""
         from megatron_ext.hf_mapping import hf_sizes, model_rules
 
         sizes, names = self.sizes, list[str]()
+        expected = hf_sizes(self.shape)
         for rule in model_rules(self.shape):
             # Every expert rank holds what is no expert's; an expert is on one.
             copies = 1 if rule.is_expert else sizes.expert
@@ -274,8 +292,11 @@ class _Parts:
                         f"{rule.megatron} is on {self.seen[rule.megatron, rank]} ranks of tensor rank {rank}, "
                         f"it should be on {copies}"
                     )
+            for name, size in self._put_together(rule).items():
+                if size != expected[name]:
+                    raise ValueError(f"the shards of {name} make up {size}, the model has {expected[name]}")
             names += rule.hf
-        if sorted(names) != sorted(hf_sizes(self.shape)):
+        if sorted(names) != sorted(expected):
             raise ValueError("the rules do not name every tensor of the model exactly once")
         return len(names)
 

@@ -183,7 +183,10 @@ def _plan(parsed: argparse.Namespace) -> int:
     plan = make_plan(config, machines, lengths=lengths, builds=not parsed.no_dry_build)
     show_plan(plan, Console())
     if parsed.json:
-        parsed.json.write_text(json.dumps(plan_to_json(plan), indent=2) + "\n")
+        try:
+            parsed.json.write_text(json.dumps(plan_to_json(plan), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {parsed.json} cannot be written: {error.strerror}; name another file") from error
     return 0 if plan.fits else 1
 
 

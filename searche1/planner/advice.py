@@ -67,7 +67,12 @@ def with_keys(config: Config, changes: Changes) -> Config:
 
 
 def refusal(config: Config, shape: ModelShape, cluster: Cluster) -> str:
-    """Why these GPUs cannot hold the model in the config's layout, and the way out; empty if they can."""
+    """Why the config cannot run on these GPUs, and the way out; empty if it can."""
+    return layout_refusal(config, shape, cluster) or settings_refusal(config, shape, cluster)
+
+
+def layout_refusal(config: Config, shape: ModelShape, cluster: Cluster) -> str:
+    """Why these GPUs cannot hold the model in the config's layout; empty if they can."""
     sizes, world = sizes_of(config, cluster.world), cluster.world
     gpus = f"{cluster.nodes} x {cluster.gpus_per_node} GPUs"
     product = sizes.tensor * sizes.pipeline * sizes.context
@@ -94,7 +99,12 @@ def refusal(config: Config, shape: ModelShape, cluster: Cluster) -> str:
             transformer_config(shape, ModelSettings(torch.bfloat16, config.train.recompute), _layout(sizes))
     except ValueError as error:
         return str(error)
-    engine = config.engine
+    return ""
+
+
+def settings_refusal(config: Config, shape: ModelShape, cluster: Cluster) -> str:
+    """What is wrong with engines or lengths, whatever the layout; empty if nothing is."""
+    engine, world = config.engine, cluster.world
     if not engine.urls and (shape.num_heads % engine.tensor or cluster.gpus_per_node % engine.tensor):
         return (
             f"engine.tensor={engine.tensor} must divide the model's {shape.num_heads} attention heads and a node's "
@@ -169,7 +179,7 @@ def rank_layouts(setting: Setting) -> list[Candidate]:
     engine = _engine_tensor(setting)
     setting = setting.changed({"engine.tensor": engine})
     for sizes in legal_layouts(setting.shape, setting.cluster):
-        if refusal(with_keys(setting.config, _parallel_keys(sizes)), setting.shape, setting.cluster):
+        if layout_refusal(with_keys(setting.config, _parallel_keys(sizes)), setting.shape, setting.cluster):
             continue
         for mode in RECOMPUTE_MODES:
             judged = judge(setting.changed({**_parallel_keys(sizes), "train.recompute": mode}))

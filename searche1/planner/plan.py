@@ -21,8 +21,9 @@ from searche1.planner.advice import (
     advise,
     advise_layout,
     judge,
+    layout_refusal,
     rank_layouts,
-    refusal,
+    settings_refusal,
 )
 from searche1.planner.hardware import Assumptions, Cluster, Lengths
 from searche1.planner.phases import sizes_of
@@ -36,8 +37,8 @@ class Plan:
     sizes: ParallelSizes
     parameters: int  # of the model
     active_parameters: int  # of its layers, that one token meets
-    refusal: str  # why the layout is illegal; empty if it is legal
-    judgement: Judgement | None  # None of an illegal layout
+    refusal: str  # why the config cannot run at all; empty if it can
+    judgement: Judgement | None  # None of one that cannot
     running_together: float  # trajectories that an engine decodes at once; 0 without engines here
     advice: tuple[Advice, ...]
     layouts: tuple[Candidate, ...]  # the best of them
@@ -66,7 +67,8 @@ def make_plan(
     shape = shape_of(config)
     setting = Setting(config, shape, cluster, guess or Assumptions(), lengths or Lengths())
     sizes = sizes_of(config, cluster.world)
-    problem = refusal(config, shape, cluster)
+    layout_problem = layout_refusal(config, shape, cluster)
+    problem = layout_problem or settings_refusal(config, shape, cluster)
     judgement = None if problem else judge(setting)
     ranked = rank_layouts(setting)
     dry, dry_problem = _built(config, shape, sizes) if builds and not problem else (None, "")
@@ -79,7 +81,7 @@ def make_plan(
         refusal=problem,
         judgement=judgement,
         running_together=running_together(config, cache, setting.lengths) if cache else 0.0,
-        advice=tuple(advise_layout(setting) if problem else advise(setting)),
+        advice=tuple(advise_layout(setting) if layout_problem else [] if problem else advise(setting)),
         layouts=tuple(ranked[:SHOWN]),
         num_layouts=len(ranked),
         num_fitting=sum(candidate.fits for candidate in ranked),

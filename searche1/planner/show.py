@@ -20,7 +20,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print it; widths from 80 columns on."""
     _head(plan, console)
     if plan.refusal:
-        console.print(f"[bold red]illegal:[/] {plan.refusal}", highlight=False)
+        _say(console, f"[bold red]It cannot run so:[/] {plan.refusal}.")
     if plan.judgement:
         _memory(plan.judgement.memory, console)
         _cache(plan, plan.judgement.memory, console)
@@ -159,7 +159,7 @@ def _verdict(plan: Plan, console: Console) -> None:
 
 def _advice(plan: Plan, console: Console) -> None:
     if not plan.advice:
-        if not plan.fits:
+        if plan.judgement and not plan.fits:
             _say(console, "Nothing tried would make it fit, on up to 64 nodes.")
         return
     _say(console, "Would fit too, and be quicker:" if plan.fits else "Would fit:")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ext.hf_mapping import model_shape
 from megatron_ext.known_models import KnownModel, hf_config
@@ -105,17 +106,19 @@ def train_once(request, layout):
 
 
 def measure_saved(request):
-    """Bytes that autograd saves in the layers for one micro-batch on the first rank."""
-    tensor, sequence = request["tensor"], request["sequence"]
-    os.environ["WORLD_SIZE"] = str(tensor)
+    """Bytes that autograd saves in the layers for one micro-batch on the first rank, of each case."""
     new_group = dist.new_group
     dist.new_group = lambda *args, backend=None, **options: new_group(*args, backend="fake", **options)
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    return [saved_bytes(case) for case in request["cases"]]
 
+
+def saved_bytes(case):
+    tensor = case["tensor"]
+    os.environ["WORLD_SIZE"] = str(tensor)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor)
-    shape, dtype = shape_of(request["model"]), getattr(torch, request["dtype"])
-    layout = init_parallel(tensor=tensor, pipeline=1, sequence=sequence, device="cpu")
-    model = filled(shape, layout, dtype=dtype, recompute=request["recompute"], lora_rank=request["lora_rank"])
+    shape, dtype = shape_of(case["model"]), getattr(torch, case["dtype"])
+    layout = init_parallel(tensor=tensor, pipeline=1, sequence=case["sequence"], device="cpu")
+    model = filled(shape, layout, dtype=dtype, recompute=case["recompute"], lora_rank=case["lora_rank"])
     model.decoder.final_layernorm = None
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -123,10 +126,10 @@ def measure_saved(request):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # kept alive, so that its address is its own
+            kept[storage.data_ptr()] = storage  # alive until counted, so that its address is its own
         return tensor
 
-    batch = batch_of(request["tokens"], shape.vocab_size)
+    batch = batch_of(case["tokens"], shape.vocab_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(
             batch.token_ids[None],
@@ -135,7 +138,7 @@ def measure_saved(request):
             packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen),
         )
     close_parallel()
-    return {"saved": sum(storage.nbytes() for storage in kept.values())}
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What a plan says of memory against what a process really takes, and what it says of layouts against what is built."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +11,30 @@ from pathlib import Path
 import pytest
 from measured_memory import shape_of
 
+from megatron_ext.dry_build import dry_build
+from megatron_ext.hf_mapping import hf_sizes
+from megatron_ext.known_models import KNOWN_MODELS, hf_config, read_shape
 from megatron_ext.memory import (
     RECOMPUTE_MODES,
+    HeadPass,
     ParallelSizes,
     TrainingPass,
     activation_bytes,
+    choose_recompute,
+    head_bytes,
+    largest_micro_batch,
     largest_parameter,
     layer_activations,
+    lora_parameters,
+    model_parameters,
     model_state,
+    stage_parameters,
 )
-from searche1.planner.hardware import cluster
+from searche1.cli import main
+from searche1.config import load_config
+from searche1.planner.advice import Setting, judge, legal_layouts, refusal
+from searche1.planner.hardware import Assumptions, Lengths, cluster
+from searche1.planner.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 0.10  # of the computed bytes
@@ -84,20 +100,234 @@ def test_a_training_step_takes_as_much_memory_as_computed(dtype, recompute, lora
     assert found["peak"] == pytest.approx(activations.total + layer_gradient, rel=CLOSE, abs=noise)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 16])
-@pytest.mark.parametrize("recompute", RECOMPUTE_MODES)
-@pytest.mark.parametrize(("family", "tensor", "sequence"), [
-    ("qwen2", 1, False), ("qwen2", 2, True), ("qwen2", 2, False), ("qwen3", 1, False), ("qwen3", 2, True),
-    ("qwen3_moe", 1, False),
+def saved_cases():
+    layouts = [("qwen2", 1, False), ("qwen2", 2, True), ("qwen2", 2, False), ("qwen3", 1, False), ("qwen3", 2, True)]
+    for family, tensor, sequence in [*layouts, ("qwen3_moe", 1, False)]:
+        for recompute in RECOMPUTE_MODES:
+            for lora_rank in (0, 16):
+                yield {
+                    "model": SHAPES[family], "tensor": tensor, "sequence": sequence, "recompute": recompute,
+                    "lora_rank": lora_rank, "dtype": "float32", "tokens": 256,
+                }  # fmt: skip
+
+
+def test_layers_save_as_much_for_backward_as_computed():
+    cases = list(saved_cases())
+    for case, found in zip(cases, measured(measure="saved", cases=cases), strict=True):
+        shape, tokens = shape_of(case["model"]), case["tokens"]
+        settings = TrainingPass(case["recompute"], 4, case["lora_rank"], is_fused=False)
+        sizes = ParallelSizes(case["tensor"], case["tensor"], sequence=case["sequence"])
+        computed = shape.num_layers * layer_activations(shape, sizes, settings, tokens=tokens).kept
+        rope = tokens // 2 * shape.head_dim * 4  # the angles of the longest sequence, which recomputing layers share
+        assert found == pytest.approx(computed, rel=0.02, abs=1.1 * rope), case
+
+
+# -- parameters and layouts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_ranks_hold_the_model_between_them_and_padding(name):
+    shape = read_shape(KNOWN_MODELS[name].hub_ids[0])
+    assert model_parameters(shape) / 1e9 == pytest.approx(KNOWN_MODELS[name].billions, abs=0.01)
+    assert stage_parameters(shape, ParallelSizes(1), 0).total >= model_parameters(shape)
+    for sizes in (ParallelSizes(8, tensor=2), ParallelSizes(8, pipeline=2), ParallelSizes(8, 2, 2)):
+        held = sum(sizes.tensor * stage_parameters(shape, sizes, s).total for s in range(sizes.pipeline))
+        # Norms are on every tensor rank, and a tied embedding on the first and the last stage.
+        copied = shape.vocab_size * shape.hidden_size if shape.tied_embeddings and sizes.pipeline > 1 else 0
+        assert held - copied == pytest.approx(model_parameters(shape), rel=2e-3)
+
+
+@pytest.mark.parametrize(("hub_id", "sizes"), [
+    ("Qwen/Qwen2.5-3B-Instruct", ParallelSizes(8, pipeline=2)),
+    ("Qwen/Qwen2.5-7B-Instruct", ParallelSizes(16, tensor=4, sequence=True)),
+    ("Qwen/Qwen2.5-72B-Instruct", ParallelSizes(64, tensor=8, pipeline=2, sequence=True)),
+    ("Qwen/Qwen3-30B-A3B", ParallelSizes(32, tensor=2, pipeline=2, expert=2, sequence=True)),
 ])  # fmt: skip
-def test_layers_save_as_much_for_backward_as_computed(family, tensor, sequence, recompute, lora_rank):
-    tokens, model = 256, SHAPES[family]
-    found = measured(
-        measure="saved", model=model, dtype="float32", recompute=recompute, tokens=tokens, lora_rank=lora_rank,
-        tensor=tensor, sequence=sequence,
-    )  # fmt: skip
-    shape = shape_of(model)
-    settings = TrainingPass(recompute, 4, lora_rank, is_fused=False)
-    layer = layer_activations(shape, ParallelSizes(tensor, tensor, sequence=sequence), settings, tokens=tokens)
-    rope = tokens // 2 * shape.head_dim * 4  # the angles of the longest sequence, which recomputing layers share
-    assert found["saved"] == pytest.approx(shape.num_layers * layer.kept, rel=0.02, abs=1.1 * rope)
+def test_every_rank_of_a_dry_build_holds_what_is_computed_and_together_the_model(hub_id, sizes):
+    shape = read_shape(hub_id)
+    built = dry_build(shape, sizes, recompute="full", distributed_optimizer=True, lora_rank=64)
+    assert len(built.ranks) == sizes.tensor * sizes.pipeline * sizes.expert
+    assert {(r.tensor_rank, r.pipeline_rank, r.expert_rank) for r in built.ranks} == {
+        (t, p, e) for t in range(sizes.tensor) for p in range(sizes.pipeline) for e in range(sizes.expert)
+    }
+    assert built.num_tensors == len(hf_sizes(shape))
+    for rank in built.ranks:
+        state = model_state(shape, sizes, rank.pipeline_rank, dtype_bytes=2, distributed_optimizer=True)
+        assert rank.parameters == stage_parameters(shape, sizes, rank.pipeline_rank).total
+        assert rank.gradients == pytest.approx(state.gradients / 4, rel=1e-4)  # buffers are padded
+        assert rank.optimizer == pytest.approx(state.optimizer / 12, rel=1e-4)
+        assert rank.adapters == lora_parameters(shape, sizes, 64).total
+
+
+def test_a_dry_build_of_an_illegal_layout_says_what_the_trainer_would_say():
+    shape = read_shape("Qwen/Qwen2.5-3B-Instruct")
+    with pytest.raises(ValueError, match="2 key-value heads, which tensor-parallel size 4 does not divide; set"):
+        dry_build(shape, ParallelSizes(8, tensor=4), recompute="full", distributed_optimizer=True, lora_rank=0)
+
+
+def test_every_listed_layout_is_one_that_the_trainer_accepts():
+    for name, nodes in (("Qwen/Qwen2.5-7B-Instruct", 2), ("Qwen/Qwen3-30B-A3B", 4)):
+        shape, machines = read_shape(name), cluster("h800", nodes=nodes, gpus_per_node=8)
+        listed = list(legal_layouts(shape, machines))
+        assert len(listed) == len(set(listed)) > 10
+        for sizes in listed:
+            config = load_config(None, [f"model.path={name}", *keys(sizes)])
+            assert refusal(config, shape, machines) == ""
+
+
+def keys(sizes):
+    names = ("tensor", "pipeline", "context", "expert", "sequence")
+    return [f"parallel.{name}={str(getattr(sizes, name)).lower()}" for name in names]
+
+
+# -- advice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("overrides", "remedy"), [
+    (["parallel.tensor=4"], r"2 key-value heads, .* set parallel\.tensor to a divisor of 2"),
+    (["parallel.pipeline=5"], r"cannot hold .*parallel\.pipeline=5.* use a multiple of 5 GPUs"),
+    (["parallel.pipeline=8"], r"36 layers, .* set parallel\.pipeline to a divisor of 36"),
+    (["parallel.tensor=16"], r"use a multiple of 16 GPUs"),
+    (["parallel.expert=2"], r"no experts, .* set parallel\.expert to 1"),
+    (["parallel.expert=3"], r"set parallel\.expert to a divisor of 8"),
+    (["parallel.sequence=true"], r"set parallel\.sequence=false"),
+    (["engine.tensor=3"], r"set engine\.tensor to a divisor of both"),
+    (["engine.count=9"], r"set engine\.count=0"),
+    (["train.max_tokens=4096"], r"set train\.max_tokens=6144 or more"),
+])  # fmt: skip
+def test_a_wrong_layout_is_told_with_its_remedy(overrides, remedy):
+    config = load_config(ROOT / "configs" / "qwen2.5-3b.yaml", overrides)
+    plan = make_plan(config, H800, builds=False)
+    assert re.search(remedy, plan.refusal)
+    assert not plan.fits and plan.judgement is None
+    assert plan.layouts  # what would be legal
+
+
+def test_advice_to_make_a_config_fit_makes_it_fit():
+    config = load_config(ROOT / "configs" / "qwen2.5-3b.yaml", ["train.recompute=none"])
+    plan = make_plan(config, H800, builds=False)
+    assert not plan.fits
+    assert {"train.recompute": "full"} in [advice.changes for advice in plan.advice]
+    for advice in plan.advice:
+        assert judge(plan.setting.changed(advice.changes)).memory.fits
+
+
+def test_a_model_too_large_for_the_node_is_sent_to_more_nodes():
+    config = load_config(ROOT / "configs" / "qwen2.5-72b.yaml")
+    plan = make_plan(config, H800, builds=False)
+    assert not plan.fits
+    assert plan.advice[0].nodes > 1
+    larger = cluster("h800", nodes=plan.advice[0].nodes, gpus_per_node=8)
+    changed = plan.setting.changed(plan.advice[0].changes).config
+    assert make_plan(changed, larger, builds=False).fits
+
+
+def test_advice_of_a_config_that_fits_is_quicker_and_fits():
+    config = load_config(ROOT / "configs" / "qwen2.5-3b.yaml")
+    plan = make_plan(config, H800, builds=False)
+    assert plan.fits and plan.advice
+    for advice in plan.advice:
+        judged = judge(plan.setting.changed(advice.changes))
+        assert judged.memory.fits
+        assert judged.time.total < plan.judgement.time.total
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_shipped_config_fits_the_hardware_it_names(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert path.read_text().startswith(f"# {HARDWARE[name]} x 8 H800 80GB")
+    plan = make_plan(load_config(path), cluster("h800", nodes=HARDWARE[name], gpus_per_node=8), builds=False)
+    assert plan.refusal == ""
+    assert plan.fits
+
+
+def test_every_config_of_a_released_model_is_planned_here():
+    assert {path.stem for path in (ROOT / "configs").glob("qwen*.yaml")} == set(HARDWARE)
+
+
+# -- choices that the trainer may ask for ---------------------------------------------------------
+
+
+def test_recompute_is_chosen_as_little_as_the_budget_allows():
+    shape, alone = read_shape("Qwen/Qwen2.5-3B-Instruct"), ParallelSizes(8)
+    needs = {
+        mode: activation_bytes(shape, alone, TrainingPass(mode, 2), tokens=16384).total for mode in RECOMPUTE_MODES
+    }
+    assert needs["none"] > needs["selective"] > needs["full"]
+    for mode in RECOMPUTE_MODES:
+        assert choose_recompute(shape, alone, tokens=16384, budget_bytes=needs[mode]) == mode
+    with pytest.raises(ValueError, match="GB are free for them; use fewer tokens"):
+        choose_recompute(shape, alone, tokens=16384, budget_bytes=needs["full"] - 1)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE_MODES)
+@pytest.mark.parametrize(
+    "sizes", [ParallelSizes(8), ParallelSizes(8, 2, 2, sequence=True), ParallelSizes(8, context=4)]
+)
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(sizes, recompute):
+    shape, budget = read_shape("Qwen/Qwen2.5-3B-Instruct"), 20e9
+    settings = TrainingPass(recompute, 2)
+    most = largest_micro_batch(shape, sizes, recompute=recompute, budget_bytes=budget)
+
+    def needed(tokens):
+        return activation_bytes(shape, sizes, settings, tokens=tokens).total
+
+    assert needed(most) <= budget * (1 + 1e-9) < needed(math.ceil(most * 1.001) + 1)
+    assert largest_micro_batch(shape, sizes, recompute=recompute, budget_bytes=0) == 0
+
+
+def test_the_head_takes_what_docs_losses_says():
+    shape = read_shape("Qwen/Qwen2.5-3B-Instruct")
+    chunked = HeadPass("chunked", 2048, 2)
+    rows, hidden = 2048, shape.hidden_size
+    tokens = head_bytes(shape, ParallelSizes(1), chunked, rows=rows, is_pair=False, is_trained=True)
+    pairs = head_bytes(shape, ParallelSizes(1), chunked, rows=rows, is_pair=True, is_trained=False)
+    assert tokens - 2 * rows * hidden * 2 == pytest.approx(0.62e9 + 1.9e9, rel=0.02)
+    assert pairs - 2 * rows * hidden * 2 == pytest.approx(1.24e9, rel=0.02)
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_takes_settings_between_options_and_says_by_its_status_whether_it_fits(tmp_path, capsys):
+    config = str(ROOT / "configs" / "qwen2.5-3b.yaml")
+    out = tmp_path / "plan.json"
+    command = ["plan", config, "--nodes", "1", "train.max_tokens=8192", "--gpu", "a100", "--no-dry-build"]
+    assert main([*command, "--json", str(out)]) == 0
+    assert "It fits" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert written["fits"] and written["cluster"]["gpu"]["name"].startswith("A100")
+    for phase in written["phases"]:
+        assert phase["total"] == sum(phase["parts"].values()) <= phase["available"]
+    assert main([*command, "train.recompute=none", "train.max_tokens=32768"]) == 1
+    assert "train GRPO does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    ([], "give one config file"),
+    (["configs/absent.yaml"], "config file not found"),
+    (["--gpu", "b17"], "--gpu must be one of a100, h100, h800, h200"),
+    (["--nodes", "0"], "must be 1 or more"),
+    (["model.path=Qwen/Qwen2.5-3B-Instrukt"], "Did you mean 'Qwen/Qwen2.5-3B-Instruct'"),
+    (["--mean-turns", "0"], "--mean-turns at least 1"),
+])  # fmt: skip
+def test_a_mistake_is_told_kindly(arguments, told, capsys):
+    config = str(ROOT / "configs" / "qwen2.5-3b.yaml")
+    given = arguments if not arguments or arguments[0].endswith(".yaml") else [config, *arguments]
+    assert main(["plan", *given]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_needs_no_more_than_its_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(KNOWN_MODELS["Qwen2.5-7B"]).to_dict()))
+    assert read_shape(str(tmp_path)) == read_shape("Qwen/Qwen2.5-7B-Instruct")
+
+
+def test_the_heavier_a_model_the_longer_its_step_and_the_more_gpus_the_shorter():
+    def seconds(size, nodes):
+        config = load_config(ROOT / "configs" / "qwen2.5-3b.yaml", [f"model.path=Qwen/Qwen2.5-{size}-Instruct"])
+        machines = cluster("h800", nodes=nodes, gpus_per_node=8)
+        return judge(Setting(config, read_shape(config.model.path), machines, Assumptions(), Lengths())).time.total
+
+    assert seconds("3B", 1) < seconds("7B", 1) < seconds("14B", 1)
+    assert seconds("7B", 4) < seconds("7B", 2) < seconds("7B", 1)
