@@ -1,23 +1,33 @@
 #!/usr/bin/env bash
 # What only a GPU can show, as named checks: a PASS, FAIL or SKIP line each, a log each, and one JSON result.
 set -euo pipefail
-trap 'exit 130' INT # else Ctrl-C would end one check and start the next
+job="" watchman=""
+trap 'end_tree "$job"; end_tree "$watchman"; exit 130' INT TERM # jobs behind & do not see Ctrl-C themselves
 
 usage() {
     cat <<'END'
 usage: scripts/gpu_check.sh [--out DIR] [CHECK ...]
 
-  environment   torch sees the GPU; versions of everything that matters
-  engine        an SGLang server starts on the GPU and samples from the shipped toy policy
-  losses        the vocabulary losses on the GPU: all of their tests, then time, memory and error beside other
-                libraries' (tools/bench/losses.py), of the whole vocabulary and of shards of it
-  tests         pytest tests/gpu
-  quickstart    scripts/quickstart.sh --fast on the GPU
+  environment   torch sees the GPU; versions of everything that matters                                    60 s
+  engine        an SGLang server starts on the GPU and samples from the shipped toy policy              480 s
+  tests         pytest tests/gpu: bfloat16 and logprobs, layer specs, weights by CUDA handle compared
+                bit for bit in the engine, memory that comes free when it and the trainer sleep         480 s
+  spec          Transformer Engine's layers against Megatron's own, same weights                        240 s
+  sync          a weight sync of a 3B in GB/s beside a copy of the same bytes; bytes given by sleepers  420 s
+  train         a GRPO and an OPSD step of a 3B: tokens/s, share of the GPU's peak, peak memory         420 s
+  rollouts      tokens/s of an engine with a 3B                                                         300 s
+  quickstart    scripts/quickstart.sh --fast on the GPU: one whole cycle                                420 s
+  losses        the vocabulary losses on the GPU: all of their tests, then time, memory and error beside
+                other libraries' (tools/bench/losses.py), of the whole vocabulary and of shards of it   540 s
 
-Without CHECK, all of them in this order. A failed check does not stop the next.
+Without CHECK, all of them in this order, which is the order of their worth; each has a time limit. A failed check does
+not stop the next. Each prints a line of JSON with its figures. The 3B has random weights: nothing is downloaded.
 
   --out DIR     where logs and gpu_check.json go (default $OUT, else runs/gpu_check)
   -h, --help    this text
+
+Wheels: those of a lock in requirements/gpu-*.txt. torch_memory_saver (in them) is needed by tests and sync;
+transformer_engine (not in them) by spec, which is skipped without it.
 
 Exit status: 0 when nothing failed. On a machine where nothing can be installed, SEARCHE1_BUNDLE=DIR uses an unpacked
 archive of scripts/make_gpu_bundle.sh with the machine's own python3 and torch.
@@ -26,6 +36,13 @@ END
 refuse() {
     echo "gpu_check.sh: $1; scripts/gpu_check.sh --help lists flags and checks" >&2
     exit 2
+}
+
+end_tree() { # a process and all it has started
+    local child
+    if [ -z "$1" ]; then return; fi
+    for child in $(pgrep -P "$1"); do end_tree "$child"; done
+    kill "$1" 2>/dev/null || true
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -41,14 +58,20 @@ while [ $# -gt 0 ]; do
         usage
         exit 0
         ;;
-    environment | engine | losses | tests | quickstart)
+    environment | engine | tests | spec | sync | train | rollouts | quickstart | losses)
         checks+=("$1")
         shift
         ;;
     *) refuse "unknown argument '$1'" ;;
     esac
 done
-if [ ${#checks[@]} = 0 ]; then checks=(environment engine losses tests quickstart); fi
+if [ ${#checks[@]} = 0 ]; then
+    checks=(environment engine tests spec sync train rollouts quickstart losses)
+fi
+declare -A limits=(
+    [environment]=60 [engine]=480 [tests]=480 [spec]=240 [sync]=420 [train]=420 [rollouts]=300 [quickstart]=420
+    [losses]=540
+)
 
 export SEARCHE1_DEVICE=cuda PYTHONUNBUFFERED=1
 # shellcheck source=scripts/env.sh
@@ -186,6 +209,26 @@ check_tests() {
     python3 -m pytest tests/gpu -q
 }
 
+rm -f "$out"/{spec,sync,train,rollouts}.json # figures of an earlier run are not this one's
+# A bundle leaves out the kernels that need a download or a long compilation.
+sglang_flags=()
+if [ -n "${SEARCHE1_BUNDLE:-}" ]; then
+    sglang_flags=(--attention-backend triton --sampling-backend pytorch --no-cuda-graph)
+fi
+
+check_spec() {
+    python3 tools/bench/steps.py spec --out "$out/spec.json"
+    if grep -q '"skipped"' "$out/spec.json"; then skip "Transformer Engine does not import here"; fi
+}
+
+check_sync() { python3 tools/bench/steps.py sync --out "$out/sync.json" ${sglang_flags[@]+"${sglang_flags[@]}"}; }
+
+check_train() { python3 tools/bench/steps.py train --out "$out/train.json"; }
+
+check_rollouts() {
+    python3 tools/bench/steps.py rollout --mem-fraction 0.7 --out "$out/rollouts.json" ${sglang_flags[@]+"${sglang_flags[@]}"}
+}
+
 check_quickstart() {
     local settings=()
     # The bundle leaves out the kernels that need a download or a long compilation.
@@ -202,8 +245,19 @@ for check in "${checks[@]}"; do
     (
         set -e
         "check_$check"
-    ) >"$log" 2>&1
+    ) >"$log" 2>&1 &
+    job=$!
+    # Not `timeout`, which runs programs only, and a check is a function.
+    (
+        sleep "${limits[$check]}"
+        echo "ended after its limit of ${limits[$check]} s" >>"$log"
+        end_tree "$job"
+    ) &
+    watchman=$!
+    wait "$job"
     status=$?
+    end_tree "$watchman"
+    wait "$watchman" 2>/dev/null
     set -e
     seconds=$((SECONDS - started))
     case $status in
@@ -216,17 +270,19 @@ for check in "${checks[@]}"; do
     esac
     echo "$verdict $check ($seconds s)$detail"
     results+=("$check" "$verdict" "$seconds")
-done
-
-python3 - "$out" "${results[@]}" <<'END'
+    python3 - "$out" "${results[@]}" <<'END'
 import json
 import sys
 from pathlib import Path
 
 out, rows = Path(sys.argv[1]), sys.argv[2:]
-checks = [dict(zip(("name", "verdict", "seconds", "log"), (*rows[i : i + 3], f"{rows[i]}.log"))) for i in range(0, len(rows), 3)]
-for check in checks:
-    check["seconds"] = int(check["seconds"])
+checks = []
+for name, verdict, seconds in zip(rows[::3], rows[1::3], rows[2::3]):
+    figures = out / f"{name}.json"
+    check = {"name": name, "verdict": verdict, "seconds": int(seconds), "log": f"{name}.log"}
+    if name != "environment" and verdict == "PASS" and figures.is_file():
+        check["figures"] = json.loads(figures.read_text())
+    checks.append(check)
 environment = out / "environment.json"
 report = {
     "passed": all(check["verdict"] != "FAIL" for check in checks),
@@ -234,6 +290,8 @@ report = {
     "environment": json.loads(environment.read_text()) if environment.is_file() else None,
 }
 (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-print(f"result: {out / 'gpu_check.json'}")
+print(json.dumps(checks[-1]))
 END
+done
+echo "result: $out/gpu_check.json"
 [ "$num_failed" = 0 ]

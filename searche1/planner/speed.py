@@ -97,13 +97,13 @@ def step_time(
 # -- training -------------------------------------------------------------------------------------
 
 
-def _layer_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
+def layer_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
     """Of one forward pass through all layers; the mean position looks back at half its sequence."""
     queries = shape.num_heads * shape.head_dim
     return 2 * active_parameters(shape) * tokens + 2 * shape.num_layers * queries * sequence * tokens
 
 
-def _head_flops(shape: ModelShape, rows: float) -> float:
+def head_flops(shape: ModelShape, rows: float) -> float:
     return 2 * shape.vocab_size * shape.hidden_size * rows
 
 
@@ -122,8 +122,8 @@ def _pass_time(
     tokens = sequences * lengths.total
     full = config.train.recompute == "full"
     repeats = (4 if full else 3) if is_training else 1  # backward is twice a forward
-    flops = repeats * _layer_flops(shape, tokens, lengths.total)
-    flops += (3 if is_training else 1) * _head_flops(shape, sequences * lengths.policy)
+    flops = repeats * layer_flops(shape, tokens, lengths.total)
+    flops += (3 if is_training else 1) * head_flops(shape, sequences * lengths.policy)
     # A replica has at least one micro-batch, and one of less than a sequence there is none.
     replica_tokens = max(tokens / sizes.data, lengths.total)
     busy = replica_tokens * sizes.data / tokens
@@ -195,8 +195,8 @@ def _opsd_time(
     student = pairs * lengths.total
     teacher = student + pairs * (lengths.policy + lengths.observations)
     repeats = 3 if config.train.recompute == "full" else 2
-    flops = _layer_flops(shape, teacher, teacher / pairs) + repeats * _layer_flops(shape, student, lengths.total)
-    flops += 3 * _head_flops(shape, pairs * lengths.policy)
+    flops = layer_flops(shape, teacher, teacher / pairs) + repeats * layer_flops(shape, student, lengths.total)
+    flops += 3 * head_flops(shape, pairs * lengths.policy)
     messages = _layer_messages(config, shape, sizes, cluster, rates, teacher / sizes.data, is_training=False)
     messages += _layer_messages(config, shape, sizes, cluster, rates, student / sizes.data, is_training=True)
     micro_batches = max(1.0, teacher / sizes.data / max(config.train.max_tokens, config.opsd.max_teacher_tokens))
@@ -223,12 +223,12 @@ def _rollout_parts(
     # A step of decoding reads the weights that its tokens meet, and every sequence's keys and values so far.
     read = engine_weight_bytes(shape, tensor, b) * _share_read(shape, together)
     read += together * lengths.total / 2 * kv_bytes(shape, tensor, b)
-    flops = together * (_layer_flops(shape, 1, lengths.total) + _head_flops(shape, 1)) / tensor
+    flops = together * (layer_flops(shape, 1, lengths.total) + head_flops(shape, 1)) / tensor
     step = max(read / rates.memory, flops / (cluster.gpu.flops * guess.prefill_share))
     decoding = sequences * lengths.policy / together * step
     # The prefix cache keeps a group's prompt and every turn so far.
     new = groups * lengths.prompt_tokens + sequences * lengths.observations
-    reading = _layer_flops(shape, new, lengths.total) / (tensor * cluster.gpu.flops * guess.prefill_share)
+    reading = layer_flops(shape, new, lengths.total) / (tensor * cluster.gpu.flops * guess.prefill_share)
     return [
         Duration("rollout: writing", guess.tail * decoding),
         Duration("rollout: reading prompts and passages", guess.tail * reading),
