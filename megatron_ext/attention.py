@@ -1,36 +1,67 @@
 """Scaled-dot-product core attention over packed sequences, for machines without Transformer Engine.
 
+Under context parallelism C ranks share every sequence: it is cut in 2C chunks, and rank r holds chunks r and 2C-1-r.
+A late chunk sees many keys and an early one few, so all ranks have the same work.
+
 Shapes: T packed tokens, h query heads and g key-value heads on this tensor-parallel rank, d head size.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+def context_positions(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
+    """The tokens of a pack that a context-parallel rank holds, in its order: int64 [T / size], on the CPU.
+
+    Every sequence (cumulative lengths `cu_seqlens` [n + 1], padding included) must be a multiple of 2 x size long.
+    """
+    if size == 1:
+        return torch.arange(int(cu_seqlens[-1]))
+    held = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        chunks = torch.arange(start, end).view(2 * size, -1)
+        held += [chunks[rank], chunks[2 * size - 1 - rank]]
+    return torch.cat(held)
 
 
 class PackedSelfAttention(torch.nn.Module):
     """Causal attention inside each sequence of a packed batch; tokens never see a neighbour sequence.
 
-    Megatron's own local attention refuses packed input, so this takes its place in the layer spec.
+    Megatron's own local attention refuses packed input, so this takes its place in the layer spec. Of context-parallel
+    ranks each attends with its own queries to all keys, which it gathers; `cu_seqlens` are those of whole sequences.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
     ) -> None:
         super().__init__()
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
         self.scale = config.softmax_scale  # None: 1 / sqrt(d)
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
-        query: Tensor,  # [T, h, d]
+        query: Tensor,  # [T, h, d], of T/C tokens under context parallelism; so are key, value and the output
         key: Tensor,  # [T, g, d]
         value: Tensor,  # [T, g, d]
         attention_mask: Tensor | None,
@@ -40,16 +71,42 @@ class PackedSelfAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:  # [T, h * d]
         assert packed_seq_params is not None and attention_bias is None
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        bounds: Tensor = packed_seq_params.cu_seqlens_q
+        if self.context_group is not None:
+            return self._of_this_context_rank(query, key, value, bounds, self.context_group)
+        lengths = bounds.diff().tolist()
         outputs = [
-            F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None],
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            self._attend(q, k, v, is_causal=True)
             for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         ]
         return torch.cat(outputs).flatten(1)
+
+    def _of_this_context_rank(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:  # [T/C, h * d]
+        """Backward sums every rank's gradients of the keys and values that this rank lent them."""
+        rank, size = group.rank(), group.size()
+        every = torch.cat([context_positions(bounds, rank=other, size=size) for other in range(size)])
+        gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+        keys, values = gathered[every.argsort().to(gathered.device)].chunk(2, dim=-1)  # [T, g, d], in sequence order
+        outputs = []
+        start = 0
+        for first, last in itertools.pairwise(bounds.tolist()):
+            chunk = (last - first) // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                seen = (number + 1) * chunk
+                outputs.append(
+                    self._attend(
+                        query[start : start + chunk],
+                        keys[first : first + seen],
+                        values[first : first + seen],
+                        attn_mask=causal_lower_right(chunk, seen),  # the last query sees all
+                    )
+                )
+                start += chunk
+        return torch.cat(outputs).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+        """Of one sequence, or of a chunk of its queries: [chunk, h, d]."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=True, **mask)[0].transpose(0, 1)

@@ -82,9 +82,9 @@ def stream_buckets(
             that hold the layer's experts.
         everywhere: every rank gets every bucket, from its own replica; else rank 0 does, and the others nothing.
     """
-    if not everywhere and layout.data_rank >= layout.expert:  # the first replica, and those that hold its experts
+    if not everywhere and layout.replica >= layout.expert:  # the first replica, and those that hold its experts
         return
-    receives = everywhere or layout.tensor_rank == layout.data_rank == 0
+    receives = everywhere or layout.tensor_rank == layout.replica == 0
     group = pipeline_group()
     for stage in range(layout.pipeline):
         source = dist.get_global_rank(group, stage)

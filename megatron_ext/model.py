@@ -88,6 +88,7 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         pipeline_dtype=settings.dtype,
         params_dtype=settings.dtype,
@@ -254,11 +255,13 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1])."""
+    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1]), padding included."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,  # padding is part of its sequence: it comes last, so nothing attends to it
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )

@@ -1,4 +1,4 @@
-"""Process groups for tensor x pipeline x data and expert parallelism, over NCCL on GPUs and gloo on CPUs."""
+"""Process groups for tensor x context x data x pipeline and expert parallelism, over NCCL on GPUs, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from megatron_ext.cpu import enable_cpu_mode
 
 @dataclass(frozen=True)
 class Layout:
-    """This process's place. tensor x pipeline x data is the world size; `sequence` shards activations over tensor.
+    """This process's place. tensor x context x data x pipeline is the world size, in this order of neighbours.
 
-    `expert` neighbouring data ranks hold the experts of every layer between them, cut over tensor ranks as all is.
+    `data_rank` says which samples a process trains on, `context_rank` which tokens of each, `sequence` shards
+    activations over tensor. `expert` neighbouring replicas hold the experts of every layer between them, cut over
+    tensor ranks as all is.
     """
 
     tensor: int
@@ -30,6 +32,17 @@ class Layout:
     pipeline_rank: int
     data_rank: int
     expert: int = 1
+    context: int = 1
+    context_rank: int = 0
+
+    @property
+    def replica(self) -> int:
+        """This process's number among the data x context ranks, which hold the same shard of all but experts."""
+        return self.data_rank * self.context + self.context_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def is_last_stage(self) -> bool:
@@ -42,7 +55,14 @@ class Layout:
 
 
 def init_parallel(
-    *, tensor: int, pipeline: int, sequence: bool, device: str, expert: int = 1, timeout_s: float = 7200.0
+    *,
+    tensor: int,
+    pipeline: int,
+    sequence: bool,
+    device: str,
+    expert: int = 1,
+    context: int = 1,
+    timeout_s: float = 7200.0,
 ) -> Layout:
     """Join the process groups. Collective: call once on every rank; under torchrun or as a single process.
 
@@ -50,20 +70,22 @@ def init_parallel(
         device: "cpu" or "cuda".
         timeout_s: how long a collective may wait; ranks idle while rank 0 drives rollouts, so it is long.
     Raises:
-        ValueError: the world size is no multiple of tensor x pipeline, expert does not divide what is left of it, or
-            sequence is asked without tensor.
+        ValueError: the world size is no multiple of tensor x pipeline x context, expert does not divide the number of
+            replicas (data x context), or sequence is asked without tensor.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % (tensor * pipeline):
+    if world_size % (tensor * pipeline * context):
         raise ValueError(
-            f"{world_size} processes cannot hold tensor-parallel {tensor} x pipeline-parallel {pipeline}; "
-            f"start a multiple of {tensor * pipeline} processes (torchrun --nproc-per-node) or lower the sizes"
+            f"{world_size} processes cannot hold tensor-parallel {tensor} x pipeline-parallel {pipeline} "
+            f"x context-parallel {context}; start a multiple of {tensor * pipeline * context} processes "
+            "(torchrun --nproc-per-node) or lower the sizes"
         )
-    data = world_size // (tensor * pipeline)
-    if data % expert:
+    replicas = world_size // (tensor * pipeline)
+    if replicas % expert:
         raise ValueError(
-            f"{world_size} processes hold {data} replicas of tensor-parallel {tensor} x pipeline-parallel {pipeline}, "
-            f"over which experts cannot be spread {expert}-fold; set parallel.expert to a divisor of {data}"
+            f"{world_size} processes hold {replicas} replicas of tensor-parallel {tensor} x pipeline-parallel "
+            f"{pipeline}, over which experts cannot be spread {expert}-fold; set parallel.expert to a divisor of "
+            f"{replicas}"
         )
     if sequence and tensor == 1:
         raise ValueError("sequence parallelism needs tensor parallelism of at least 2; set parallel.sequence=false")
@@ -83,6 +105,7 @@ def init_parallel(
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         create_gloo_process_groups=True,  # the sharded optimizer gathers its state on the host
         distributed_timeout_minutes=int(timeout_s / 60),
@@ -92,7 +115,7 @@ def init_parallel(
     return Layout(
         tensor=tensor,
         pipeline=pipeline,
-        data=data,
+        data=replicas // context,
         sequence=sequence,
         device=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"),
         rank=dist.get_rank(),
@@ -100,6 +123,8 @@ def init_parallel(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         expert=expert,
+        context=context,
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
 
 
@@ -111,9 +136,14 @@ def close_parallel() -> None:
         dist.destroy_process_group()
 
 
-def data_parallel_group() -> dist.ProcessGroup:
-    """Ranks that hold the same shard of the model."""
-    return parallel_state.get_data_parallel_group()
+def replica_group() -> dist.ProcessGroup:
+    """Ranks that hold the same shard of the model, data x context: losses and gradients are summed over them."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def context_group() -> dist.ProcessGroup:
+    """Ranks that share every packed sequence, in the order of `attention.context_positions`."""
+    return parallel_state.get_context_parallel_group()
 
 
 def expert_group() -> dist.ProcessGroup:

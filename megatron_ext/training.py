@@ -23,13 +23,16 @@ RowsFunction = Callable[[Tensor, int], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences packed end to end. Padding, if any, is a last sequence of its own that has no rows."""
+    """Sequences packed end to end. Padding has no rows: it ends a sequence, or is a last sequence of its own.
 
-    token_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: Tensor  # [n + 1] int32
+    Of C context-parallel ranks each holds T/C of the tokens, in the order of `attention.context_positions`.
+    """
+
+    token_ids: Tensor  # [T/C] int64
+    position_ids: Tensor  # [T/C] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [n + 1] int32, of the whole pack
     max_seqlen: int
-    rows: Tensor  # [R] int64, positions in the pack whose next token is a policy token
+    rows: Tensor  # [R] int64, places among this rank's tokens whose next token is a policy token
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(

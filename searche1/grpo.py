@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ext.flops import attention_cost
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import TokenLogprobs
 from searche1.config import Config
 from searche1.data import load_questions, question_batches, write_groups
 from searche1.metrics import Phases, rollout_metrics
-from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of
+from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.session import Session
 from searche1.types import Group, Trajectory, UserError
@@ -219,9 +220,10 @@ def grpo_step(
             [s.sample for s in part],
             row_weights([s.sample for s in part], settings.loss_norm),
             max_tokens=config.train.max_tokens,
-            multiple_of=layout.tensor if layout.sequence else 1,
             rank=layout.data_rank,
             num_ranks=layout.data,
+            sharing=sharing_of(layout),
+            attention_cost=attention_cost(policy.shape),
         )
         packed.append((part, batches))
     # Old and reference logprobs of the whole rollout batch come before the first update.
@@ -262,16 +264,16 @@ def grpo_step(
 def row_tensors(
     part: Sequence[TrainedSample], batch: PackedBatch, *, old_logprobs: Tensor, ref_logprobs: Tensor
 ) -> RowTensors:
-    """Line up what the loss needs with the rows of a micro-batch."""
+    """Line up what the loss needs with this rank's rows of a micro-batch."""
     device = old_logprobs.device
     owners = batch.sample_of_row.tolist()
-    advantages = torch.tensor([part[owner].advantage for owner in owners], device=device)
-    engine = [x for owner in dict.fromkeys(owners) for x in part[owner].trajectory.engine_logprobs]
+    advantages = torch.tensor([part[owner].advantage for owner in owners])
+    engine = torch.tensor([x for owner in dict.fromkeys(owners) for x in part[owner].trajectory.engine_logprobs])
     return RowTensors(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        advantages=advantages,
-        engine_logprobs=torch.tensor(engine, device=device),
+        advantages=advantages[batch.row_numbers].to(device),
+        engine_logprobs=engine[batch.row_numbers].to(device),
         weights=batch.weights.to(device),
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
+from megatron_ext.flops import attention_cost
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import ClippedKL
@@ -24,7 +25,7 @@ from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
 from searche1.data import load_questions, read_groups, shuffled, write_groups
 from searche1.evaluate import summarize
 from searche1.metrics import Phases
-from searche1.packing import Sample, make_pair_batches, row_weights, sample_of
+from searche1.packing import Sample, make_pair_batches, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.prompts import teacher_prompt
 from searche1.rollout.sampler import Start
@@ -144,18 +145,19 @@ def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, l
         [pair.teacher for pair in pairs],
         row_weights(students, settings.loss_norm),
         max_tokens=max(train.max_tokens, settings.max_teacher_tokens),
-        multiple_of=layout.tensor if layout.sequence else 1,
         rank=layout.data_rank,
         num_ranks=layout.data,
+        sharing=sharing_of(layout),
+        attention_cost=attention_cost(policy.shape),
     )
     with policy.adapter_disabled():  # Eq. 6: the frozen weights, no gradient
         teacher_rows = policy.hidden_rows([teacher for _, teacher in batches])
 
     def loss(hidden: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = batches[index][0].weights.to(hidden.device)
-        value, kl = policy.kl_loss(
-            hidden, teacher_rows[index], weights, kl_clip=settings.kl_clip, temperature=settings.temperature
-        )
+        batch = batches[index][0]
+        weights = batch.weights.to(hidden.device)
+        teacher = teacher_rows[index][batch.row_numbers.to(hidden.device)]
+        value, kl = policy.kl_loss(hidden, teacher, weights, kl_clip=settings.kl_clip, temperature=settings.temperature)
         return value, opsd_metrics(kl, weights)
 
     return policy.train_step([student for student, _ in batches], loss, lr=lr)

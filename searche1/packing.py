@@ -4,18 +4,23 @@ A row is a position whose next token the policy sampled. Only rows reach the lan
 retrieved text never has a gradient. Each row carries its weight and weights sum to one over the global mini-batch:
 splitting into micro-batches, data-parallel ranks or pipeline stages cannot change the loss.
 
-Shapes: T packed tokens, R rows of one micro-batch.
+Under context parallelism ranks share every pack: each has some tokens of each sequence, and the rows among them.
+
+Shapes: T packed tokens and N rows of one micro-batch, R of them on this rank (all, without context parallelism).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_ext.attention import context_positions
+from megatron_ext.parallel import Layout
 from megatron_ext.training import MicroBatch
 from searche1.types import Trajectory, UserError
 
@@ -41,12 +46,37 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch with what its loss needs. All row tensors have length R and the same order."""
+    """A micro-batch with what its loss needs, for this rank's rows, which are in the pack's order."""
 
     inputs: MicroBatch
     targets: Tensor  # [R] int64
     weights: Tensor  # [R] float32, sum to one over the global mini-batch
-    sample_of_row: Tensor  # [R] int64, index into the samples that were packed
+    row_numbers: Tensor  # [R] int64, which of the pack's rows these are
+    sample_of_row: Tensor  # [N] int64, for all rows of the pack: index into the samples that were packed
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share the tokens of a pack, and so what its sequences and it must be multiples of."""
+
+    sequence: int = 1  # tensor-parallel ranks under sequence parallelism
+    context: int = 1
+    context_rank: int = 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def pack_multiple(self) -> int:
+        return math.lcm(self.sequence_multiple, self.context * self.sequence)
+
+
+def sharing_of(layout: Layout) -> Sharing:
+    return Sharing(layout.tensor if layout.sequence else 1, layout.context, layout.context_rank)
+
+
+ALONE = Sharing()
 
 
 def sample_of(trajectory: Trajectory, prompt_ids: tuple[int, ...] | None = None) -> Sample:
@@ -67,22 +97,36 @@ def row_weights(samples: Sequence[Sample], norm: str) -> list[float]:
     raise UserError(f"loss_norm must be token_mean or sequence_mean, got {norm!r}")
 
 
-def share_of_rank(lengths: Sequence[int], *, rank: int, num_ranks: int) -> list[int]:
-    """Indices that this data-parallel rank takes: longest first to the least loaded rank, in original order."""
-    loads = [0] * num_ranks
+def compute_cost(length: int, attention_cost: float) -> float:
+    """Work on a sequence, in units of a token through the linears: attention looks back at half of it on average.
+
+    `attention_cost` depends on the model (`megatron_ext.flops`).
+    """
+    return length + attention_cost * length * length
+
+
+def share_of_rank(costs: Sequence[float], *, rank: int, num_ranks: int) -> list[int]:
+    """Indices that this data-parallel rank takes: dearest first to the least loaded rank, in original order.
+
+    The dearest rank then has at most 4/3 of what the best possible split leaves it with (Graham's bound).
+    """
+    loads = [0.0] * num_ranks
     owner = {}
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         lightest = min(range(num_ranks), key=lambda r: (loads[r], r))
         owner[index] = lightest
-        loads[lightest] += lengths[index]
-    return [index for index in range(len(lengths)) if owner[index] == rank]
+        loads[lightest] += costs[index]
+    return [index for index in range(len(costs)) if owner[index] == rank]
 
 
 def bins_by_budget(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """First-fit bins of at most `max_tokens`. Raises UserError if one item alone is larger."""
+    """Bins of at most `max_tokens`, longest items first into the first bin with room (at most 11/9 of the fewest bins
+    possible, and one). Raises UserError if one item alone is larger.
+    """
     bins: list[list[int]] = []
     room: list[int] = []
-    for index, length in enumerate(lengths):
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
         if length > max_tokens:
             raise UserError(
                 f"a trajectory has {length} tokens but train.max_tokens is {max_tokens}; "
@@ -95,13 +139,13 @@ def bins_by_budget(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]
             fit = len(bins) - 1
         bins[fit].append(index)
         room[fit] -= length
-    return bins
+    return [sorted(members) for members in bins]
 
 
 def pack(
-    samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int], *, multiple_of: int
+    samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int], *, sharing: Sharing = ALONE
 ) -> PackedBatch:
-    """One micro-batch of the named samples, padded to a multiple (sequence parallelism splits tokens evenly).
+    """One micro-batch of the named samples, padded so that ranks can share its tokens evenly.
 
     With no indices it is an empty micro-batch: padding only, zero rows.
     """
@@ -112,10 +156,17 @@ def pack(
     targets: list[int] = []
     row_weight: list[float] = []
     owners: list[int] = []
+
+    def add(ids: Sequence[int], multiple: int) -> None:
+        """A sequence; empty ones too are padded to a whole multiple."""
+        length = max(1, -(-len(ids) // multiple)) * multiple
+        token_ids.extend([*ids, *(0 for _ in range(length - len(ids)))])
+        positions.extend(range(length))
+        bounds.append(len(token_ids))
+
     for index in indices:
         sample = samples[index]
         assert sample.prompt_ids, "the first response token needs a token before it"
-        ids = (sample.prompt_ids + sample.response_ids)[: sample.num_inputs]
         first = len(token_ids) + len(sample.prompt_ids) - 1  # this position predicts the first response token
         for k, is_policy in enumerate(sample.policy_mask):
             if is_policy:
@@ -123,24 +174,29 @@ def pack(
                 targets.append(sample.response_ids[k])
                 row_weight.append(weights[index])
                 owners.append(index)
-        token_ids += ids
-        positions += range(len(ids))
-        bounds.append(len(token_ids))
-    if missing := (-len(token_ids) % multiple_of) or (not token_ids) * multiple_of:
-        token_ids += [0] * missing
-        positions += range(missing)
-        bounds.append(len(token_ids))
+        add((sample.prompt_ids + sample.response_ids)[: sample.num_inputs], sharing.sequence_multiple)
+    missing = -len(token_ids) % sharing.pack_multiple
+    if missing or not token_ids:
+        add([0] * missing, sharing.pack_multiple if not token_ids else sharing.sequence_multiple)
+
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    held = context_positions(cu_seqlens, rank=sharing.context_rank, size=sharing.context)
+    place = torch.full((len(token_ids),), -1)  # of each token among those that this rank holds
+    place[held] = torch.arange(len(held))
+    row_places = place[torch.tensor(rows, dtype=torch.int64)]
+    numbers = (row_places >= 0).nonzero()[:, 0]
     inputs = MicroBatch(
-        token_ids=torch.tensor(token_ids),
-        position_ids=torch.tensor(positions),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        token_ids=torch.tensor(token_ids)[held],
+        position_ids=torch.tensor(positions)[held],
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(b - a for a, b in itertools.pairwise(bounds)),
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=row_places[numbers],
     )
     return PackedBatch(
         inputs=inputs,
-        targets=torch.tensor(targets, dtype=torch.int64),
-        weights=torch.tensor(row_weight, dtype=torch.float32),
+        targets=torch.tensor(targets, dtype=torch.int64)[numbers],
+        weights=torch.tensor(row_weight, dtype=torch.float32)[numbers],
+        row_numbers=numbers,
         sample_of_row=torch.tensor(owners, dtype=torch.int64),
     )
 
@@ -150,14 +206,16 @@ def make_batches(
     weights: Sequence[float],
     *,
     max_tokens: int,
-    multiple_of: int,
     rank: int,
     num_ranks: int,
+    sharing: Sharing = ALONE,
+    attention_cost: float = 0.0,
 ) -> list[PackedBatch]:
     """This data-parallel rank's micro-batches of a mini-batch; at least one, which may be empty."""
     lengths = [sample.num_inputs for sample in samples]
-    chosen = plan(lengths, max_tokens, multiple_of, rank=rank, num_ranks=num_ranks)
-    return [pack(samples, weights, members, multiple_of=multiple_of) for members in chosen]
+    costs = [compute_cost(length, attention_cost) for length in lengths]
+    chosen = plan(lengths, costs, max_tokens, sharing, rank=rank, num_ranks=num_ranks)
+    return [pack(samples, weights, members, sharing=sharing) for members in chosen]
 
 
 def make_pair_batches(
@@ -166,33 +224,45 @@ def make_pair_batches(
     weights: Sequence[float],
     *,
     max_tokens: int,
-    multiple_of: int,
     rank: int,
     num_ranks: int,
+    sharing: Sharing = ALONE,
+    attention_cost: float = 0.0,
 ) -> list[tuple[PackedBatch, PackedBatch]]:
-    """(student, teacher) micro-batches whose rows are the same tokens in the same order.
+    """(student, teacher) micro-batches with the same rows in the same order; context ranks may hold other ones of each.
 
-    Both sides hold the same response ids, so one plan, made from the longer teacher sequences, fits both.
+    Both sides hold the same response ids, so one plan, made for the longer teacher sequences, fits both.
     """
-    chosen = plan([t.num_inputs for t in teachers], max_tokens, multiple_of, rank=rank, num_ranks=num_ranks)
+    costs = [
+        # The teacher has no gradient. The student's backward is twice a forward, less the frozen weights' gradients.
+        compute_cost(teacher.num_inputs, attention_cost) + 2 * compute_cost(student.num_inputs, attention_cost)
+        for student, teacher in zip(students, teachers, strict=True)
+    ]
+    lengths = [max(s.num_inputs, t.num_inputs) for s, t in zip(students, teachers, strict=True)]
+    chosen = plan(lengths, costs, max_tokens, sharing, rank=rank, num_ranks=num_ranks)
     return [
         (
-            pack(students, weights, members, multiple_of=multiple_of),
-            pack(teachers, weights, members, multiple_of=multiple_of),
+            pack(students, weights, members, sharing=sharing),
+            pack(teachers, weights, members, sharing=sharing),
         )
         for members in chosen
     ]
 
 
-def plan(lengths: Sequence[int], max_tokens: int, multiple_of: int, *, rank: int, num_ranks: int) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], costs: Sequence[float], max_tokens: int, sharing: Sharing, *, rank: int, num_ranks: int
+) -> list[list[int]]:
     """Which items go into which micro-batch of this rank.
 
     All ranks get as many, at least one, the last of some empty: ranks that share experts run every pass together.
     """
+    multiple = sharing.sequence_multiple
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    budget = max_tokens // sharing.pack_multiple * sharing.pack_multiple
     every = []
     for other in range(num_ranks):
-        share = share_of_rank(lengths, rank=other, num_ranks=num_ranks)
-        bins = bins_by_budget([lengths[i] for i in share], max_tokens=max_tokens // multiple_of * multiple_of)
+        share = share_of_rank(costs, rank=other, num_ranks=num_ranks)
+        bins = bins_by_budget([padded[i] for i in share], max_tokens=budget)
         every.append([[share[k] for k in members] for members in bins])
     most = max(1, *(len(bins) for bins in every))
     return every[rank] + [[] for _ in range(most - len(every[rank]))]

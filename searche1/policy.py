@@ -40,7 +40,7 @@ from megatron_ext.lora import (
 from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard
 from megatron_ext.offload import HostOffload
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer, optimizer_tensors
-from megatron_ext.parallel import Layout, data_parallel_group, pipeline_group, pipeline_last_rank
+from megatron_ext.parallel import Layout, context_group, pipeline_group, pipeline_last_rank, replica_group
 from megatron_ext.peft_io import fingerprint, write_peft_folder
 from megatron_ext.training import gradients, run_schedule, wrap_data_parallel
 from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
@@ -196,7 +196,7 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], *, temperature: float) -> list[Tensor]:
-        """log p of every row's target, float32 [R] per micro-batch. Collective."""
+        """log p of every target of this rank's rows, float32 [R] per micro-batch. Collective."""
 
         def rows(hidden: Tensor, index: int) -> tuple[Tensor, Tensor]:
             found = linear_token_logprobs(
@@ -213,8 +213,18 @@ class Policy:
 
     @torch.no_grad()
     def hidden_rows(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Hidden states of the rows, [R, H] per micro-batch, for a head that is applied later. Collective."""
-        return self._forward(batches, lambda hidden, index: (hidden.new_zeros(()), hidden))
+        """Hidden states of all rows of each micro-batch, [N, H], for a head that is applied later. Collective."""
+        found = self._forward(batches, lambda hidden, index: (hidden.new_zeros(()), hidden))
+        return [self._all_rows(batch, rows) for batch, rows in zip(batches, found, strict=bool(found))]
+
+    def _all_rows(self, batch: PackedBatch, values: Tensor) -> Tensor:
+        """Values [R, ...] of this rank's rows as those of all rows of the pack, [N, ...]. Collective over context."""
+        if self.layout.context == 1:
+            return values
+        every = values.new_zeros(len(batch.sample_of_row), *values.shape[1:])
+        every[batch.row_numbers.to(values.device)] = values
+        dist.all_reduce(every, group=context_group())  # a row is held once, so its sum is its value
+        return every
 
     def _forward(
         self, batches: Sequence[PackedBatch], rows: Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -229,7 +239,8 @@ class Policy:
     ) -> list[list[float]]:
         """Row values of this rank's micro-batches, sorted by the sample they belong to, on every stage. Collective."""
         values: list[list[float]] = [[] for _ in range(num_samples)]
-        for batch, found in zip(batches, rows, strict=self.layout.is_last_stage):
+        for batch, held in zip(batches, rows, strict=self.layout.is_last_stage):
+            found = self._all_rows(batch, held)
             for owner, value in zip(batch.sample_of_row.tolist(), found.tolist(), strict=True):
                 values[owner].append(value)
         if self.layout.pipeline > 1:
@@ -262,11 +273,11 @@ class Policy:
             sums = [name for name in kept[0] if not name.endswith("_max")]
             maxima = [name for name in kept[0] if name.endswith("_max")]
             total = torch.stack([torch.stack([k[name].float() for name in sums]) for k in kept]).sum(dim=0)
-            dist.all_reduce(total, group=data_parallel_group())
+            dist.all_reduce(total, group=replica_group())
             values = dict(zip(sums, total.tolist(), strict=True))
             if maxima:
                 top = torch.stack([torch.stack([k[name].float() for name in maxima]) for k in kept]).amax(dim=0)
-                dist.all_reduce(top, op=dist.ReduceOp.MAX, group=data_parallel_group())
+                dist.all_reduce(top, op=dist.ReduceOp.MAX, group=replica_group())
                 values.update(zip(maxima, top.tolist(), strict=True))
             metrics = [values]
         if self.layout.pipeline > 1:

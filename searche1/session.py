@@ -27,7 +27,7 @@ from searche1.config import Config
 from searche1.data import load_questions
 from searche1.engines import Engines, places_of
 from searche1.metrics import MetricsLog
-from searche1.packing import Sample, make_batches, row_weights
+from searche1.packing import Sample, make_batches, row_weights, sharing_of
 from searche1.policy import Policy, check_model, resolve_model, train_dtype
 from searche1.prompts import encode_prompt
 from searche1.ranks import Ranks
@@ -76,7 +76,7 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
             f"a trajectory may have {longest} tokens (rollout.max_start_tokens + rollout.max_context_tokens) but "
             f"train.max_tokens={config.train.max_tokens} is the memory budget of a micro-batch; raise it or lower them"
         )
-    places_of(config, device=layout.device.type, world_size=layout.tensor * layout.pipeline * layout.data)
+    places_of(config, device=layout.device.type, world_size=layout.world_size)
     needed = longest_context(config) + config.rollout.max_response_tokens
     if 0 < config.engine.max_total_tokens < needed:
         raise UserError(
@@ -114,6 +114,7 @@ class Session:
                 pipeline=parallel.pipeline,
                 sequence=parallel.sequence,
                 expert=parallel.expert,
+                context=parallel.context,
                 device=device,
                 timeout_s=config.train.timeout_s,
             )
@@ -230,9 +231,9 @@ class Session:
             samples,
             row_weights(samples, "token_mean"),
             max_tokens=max(self.config.train.max_tokens, *(s.num_inputs for s in samples)),
-            multiple_of=self.layout.tensor if self.layout.sequence else 1,
             rank=0,
             num_ranks=1,
+            sharing=sharing_of(self.layout),
         )
         return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
 

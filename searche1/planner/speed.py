@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_ext.flops import head_flops, layer_flops
 from megatron_ext.hf_mapping import ModelShape
 from megatron_ext.memory import (
     ParallelSizes,
     Parameters,
-    active_parameters,
     engine_weight_bytes,
     kv_bytes,
     model_parameters,
@@ -95,16 +95,6 @@ def step_time(
 
 
 # -- training -------------------------------------------------------------------------------------
-
-
-def layer_flops(shape: ModelShape, tokens: float, sequence: float) -> float:
-    """Of one forward pass through all layers; the mean position looks back at half its sequence."""
-    queries = shape.num_heads * shape.head_dim
-    return 2 * active_parameters(shape) * tokens + 2 * shape.num_layers * queries * sequence * tokens
-
-
-def head_flops(shape: ModelShape, rows: float) -> float:
-    return 2 * shape.vocab_size * shape.hidden_size * rows
 
 
 def _pass_time(

@@ -51,7 +51,7 @@ def samples() -> list[Sample]:
 def batches(layout: Layout):  # type: ignore[no-untyped-def]
     packed = samples()
     weights = row_weights(packed, "sequence_mean")
-    return make_batches(packed, weights, max_tokens=512, multiple_of=1, rank=0, num_ranks=1)
+    return make_batches(packed, weights, max_tokens=512, rank=0, num_ranks=1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.15)])

@@ -35,6 +35,7 @@ class Setup:
     processes: int
     continues: str = ""  # the layout whose checkpoint this one continues
     expert: int = 1
+    context: int = 1
     models: tuple[str, ...] = DENSE
 
 
@@ -45,6 +46,10 @@ SETUPS = {
     "data": Setup(1, 1, False, 2),
     "pipeline": Setup(1, 2, False, 2, continues="tensor"),
     "tensor x pipeline": Setup(2, 2, False, 4, continues="data"),
+    "context": Setup(1, 1, False, 2, context=2, models=("tied", "qwen3"), continues="pipeline"),
+    "tensor x context": Setup(2, 1, True, 4, context=2, models=("tied",)),
+    "pipeline x context": Setup(1, 2, False, 4, context=2, models=("qwen3",), continues="tensor"),
+    "experts x context": Setup(1, 1, False, 2, context=2, expert=2, models=EXPERTS),
     "experts": Setup(1, 1, False, 2, expert=2, models=EXPERTS),
     "tensor x experts": Setup(2, 1, True, 4, expert=2, models=EXPERTS, continues="pipeline x experts"),
     "pipeline x experts": Setup(1, 2, False, 4, expert=2, models=EXPERTS),
@@ -78,7 +83,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         if out.exists():
             return out
         setup = SETUPS[name]
-        sizes = [setup.tensor, setup.pipeline, int(setup.sequence), setup.expert]
+        sizes = [setup.tensor, setup.pipeline, int(setup.sequence), setup.expert, setup.context]
         converted = [model for layout, model in CONVERTING if layout == name and model in CONVERTED]
         arguments = [root, out, *sizes, ",".join(setup.models), ",".join(converted)]
         if setup.continues:

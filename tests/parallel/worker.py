@@ -1,8 +1,8 @@
 """One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0.
 
-Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT MODELS CONVERTED [RESULTS_TO_CONTINUE].
+Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT CONTEXT MODELS CONVERTED [CONTINUED].
 Each of MODELS (names with commas between) in ROOT/models is trained on, and loaded from ROOT/converted; each of
-CONVERTED is only loaded. OUT_DIR gets a folder of results for each. RESULTS_TO_CONTINUE is the OUT_DIR of another
+CONVERTED is only loaded. OUT_DIR gets a folder of results for each. CONTINUED is the OUT_DIR of another
 layout, whose checkpoints are continued.
 """
 
@@ -135,12 +135,15 @@ def convert(model: Path, converted: Path, out: Path, layout: Layout) -> None:
 def main() -> None:
     root, out = Path(sys.argv[1]), Path(sys.argv[2])
     tensor, pipeline, sequence, expert = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1", int(sys.argv[6])
-    layout = init_parallel(tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, device="cpu")
-    trained, only_converted = (words.split(",") if words else [] for words in sys.argv[7:9])
+    context = int(sys.argv[7])
+    layout = init_parallel(
+        tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, context=context, device="cpu"
+    )
+    trained, only_converted = (words.split(",") if words else [] for words in sys.argv[8:10])
     for name in trained + only_converted:
         model = root / "models" / name
         if name in trained:
-            checkpoint = Path(sys.argv[9]) / name / "checkpoint" if len(sys.argv) > 9 else None
+            checkpoint = Path(sys.argv[10]) / name / "checkpoint" if len(sys.argv) > 10 else None
             train(model, out / name, layout, checkpoint)
         elif layout.is_writer:
             (out / name).mkdir(parents=True)

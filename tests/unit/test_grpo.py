@@ -26,7 +26,7 @@ from searche1.grpo import (
     save_checkpoint,
     trained_samples,
 )
-from searche1.packing import pack, row_weights, sample_of
+from searche1.packing import Sharing, pack, row_weights, sample_of
 from searche1.types import Group, Question, Span, Trajectory, UserError
 
 EPS = 1e-6
@@ -136,7 +136,12 @@ def test_row_values_belong_to_the_rows_of_their_trajectory():
     part = [
         TrainedSample(t, sample_of(t), advantage) for t, advantage in zip(trajectories, (0.5, -1.0, 2.0), strict=True)
     ]
-    batch = pack([s.sample for s in part], row_weights([s.sample for s in part], "token_mean"), [2, 0], multiple_of=4)
+    batch = pack(
+        [s.sample for s in part],
+        row_weights([s.sample for s in part], "token_mean"),
+        [2, 0],
+        sharing=Sharing(sequence=4),
+    )
     rows = torch.arange(5.0)
     found = row_tensors(part, batch, old_logprobs=rows, ref_logprobs=rows + 1)
     assert found.engine_logprobs.tolist() == [-float(t) for t in batch.targets.tolist()]

@@ -14,7 +14,7 @@ from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import close_parallel, init_parallel
 from searche1.config import TrainConfig
-from searche1.packing import Sample, make_batches, pack, row_weights
+from searche1.packing import Sample, Sharing, make_batches, pack, row_weights
 from searche1.policy import Policy, resolve_model, train_dtype
 from searche1.types import UserError
 
@@ -52,7 +52,7 @@ def samples(seed=0):
 def batches(of=None, *, max_tokens=64):
     of = samples() if of is None else of
     weights = row_weights(of, "token_mean")
-    return make_batches(of, weights, max_tokens=max_tokens, multiple_of=1, rank=0, num_ranks=1)
+    return make_batches(of, weights, max_tokens=max_tokens, rank=0, num_ranks=1)
 
 
 def logprobs(policy, of=None, *, temperature=1.0, max_tokens=64):
@@ -162,7 +162,7 @@ def test_a_neighbour_in_the_pack_changes_no_bit(make_policy):
         for others in (first, second):
             members = [*others[1:3]]
             members.insert(place, mine)
-            batch = pack(members, row_weights(members, "token_mean"), range(3), multiple_of=1)
+            batch = pack(members, row_weights(members, "token_mean"), range(3))
             rows = policy.logprobs([batch], temperature=1.0)[0]
             found.append(rows[batch.sample_of_row == place])
         assert torch.equal(*found)
@@ -171,7 +171,7 @@ def test_a_neighbour_in_the_pack_changes_no_bit(make_policy):
 def test_padding_behind_the_sequences_changes_nothing(make_policy):
     policy = make_policy(optimizer=None)
     weights = row_weights(samples(), "token_mean")
-    plain, padded = (pack(samples(), weights, range(4), multiple_of=multiple) for multiple in (1, 64))
+    plain, padded = (pack(samples(), weights, range(4), sharing=Sharing(sequence=multiple)) for multiple in (1, 64))
     assert len(padded.inputs.token_ids) == 64 > len(plain.inputs.token_ids)
     one, other = (policy.logprobs([batch], temperature=1.0)[0] for batch in (plain, padded))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -293,7 +293,7 @@ def test_splitting_a_mini_batch_into_micro_batches_changes_neither_loss_nor_grad
 def test_an_empty_micro_batch_adds_nothing_to_an_update(make_policy):
     def run(with_empty):
         policy = make_policy()
-        packed = batches() + ([pack([], [], [], multiple_of=1)] if with_empty else [])
+        packed = batches() + ([pack([], [], [])] if with_empty else [])
         nll = likelihood_loss(policy, packed)
 
         def loss(hidden, index):

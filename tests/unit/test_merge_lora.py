@@ -167,7 +167,7 @@ def test_an_adapter_is_merged_from_megatrons_shards_as_from_pefts_format(base, l
     policy.restore({n: torch.randn(p.shape, generator=generator) * 0.1 for n, p in policy.snapshot().items()})
     sample = [Sample((1, 2, 3), (4, 5, 6), (True,) * 3)]  # an optimizer has nothing to save before its first step
     weights = row_weights(sample, "token_mean")
-    packed = make_batches(sample, weights, max_tokens=64, multiple_of=1, rank=0, num_ranks=1)
+    packed = make_batches(sample, weights, max_tokens=64, rank=0, num_ranks=1)
     policy.train_step(packed, lambda hidden, index: (hidden.sum(), {"loss": hidden.new_zeros(())}), lr=1e-3)
     policy.save_adapter(tmp_path / "adapter")
     policy.save_checkpoint(tmp_path / "checkpoint", step=1)

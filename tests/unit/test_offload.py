@@ -97,9 +97,7 @@ def test_training_with_trips_to_the_host_gives_the_same_bits(
 
 def _plain_step(policy: Policy) -> None:
     samples = [pair.student for pair in pairs()]
-    batches = make_batches(
-        samples, row_weights(samples, "token_mean"), max_tokens=64, multiple_of=1, rank=0, num_ranks=1
-    )
+    batches = make_batches(samples, row_weights(samples, "token_mean"), max_tokens=64, rank=0, num_ranks=1)
 
     def loss(hidden: torch.Tensor, index: int):
         value, _ = policy.token_loss(

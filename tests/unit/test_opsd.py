@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.hf_mapping import ModelShape
+from megatron_ext.known_models import read_shape
 from megatron_ext.vocab_parallel import ClippedKL
 from searche1.config import Config, DataConfig, EvalConfig, OPSDConfig, PairsConfig, PoolConfig
 from searche1.opsd import (
@@ -269,6 +271,9 @@ class BookSession:
     def tell(self, message):
         self.said.append(message)
 
+    def to_trainer(self, policy):
+        pass
+
     def sync(self, policy, *, stage):
         pass
 
@@ -291,7 +296,13 @@ class BookPolicy:
     """Counts updates; its "adapter" is their number."""
 
     version: int = 0
-    layout: object = field(default_factory=lambda: SimpleNamespace(sequence=False, tensor=1, data_rank=0, data=1))
+    layout: object = field(
+        default_factory=lambda: SimpleNamespace(
+            sequence=False, tensor=1, data_rank=0, data=1, context=1, context_rank=0
+        )
+    )
+
+    shape: ModelShape = field(default_factory=lambda: read_shape("Qwen/Qwen2.5-3B-Instruct"))
 
     def adapter_disabled(self):
         return contextlib.nullcontext()
@@ -334,7 +345,9 @@ def test_the_adapter_with_the_best_validation_em_is_kept_and_ties_keep_the_earli
     config = Config(opsd=settings, data=DataConfig(validation=write_questions(tmp_path / "v.jsonl", 4)))
     session = BookSession(replace(config, eval=EvalConfig()), validation_ems=list(ems))
     policy = BookPolicy()
-    assert train_adapter(session, policy, PAIRS, stage="opsd", round_index=0) == {"adapter": best}
+    assert train_adapter(session, policy, PAIRS, fresh=policy.snapshot(), stage="opsd", round_index=0) == {
+        "adapter": best
+    }
     assert policy.version == 5 and len(session.rollouts) == 4
 
 

@@ -2,14 +2,20 @@
 
 import itertools
 import math
+import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.attention import context_positions
 from searche1.packing import (
+    ALONE,
     Sample,
+    Sharing,
     bins_by_budget,
+    compute_cost,
     make_batches,
     make_pair_batches,
     pack,
@@ -42,7 +48,12 @@ def drawn_sample(draw):
 
 drawn_samples = st.lists(drawn_sample(), min_size=1, max_size=8)
 splits = st.fixed_dictionaries(
-    {"max_tokens": st.integers(48, 200), "multiple_of": st.sampled_from([1, 2, 4]), "num_ranks": st.integers(1, 4)}
+    {
+        "max_tokens": st.integers(48, 200),
+        "sharing": st.sampled_from([Sharing(sequence=multiple) for multiple in (1, 2, 4)]),
+        "num_ranks": st.integers(1, 4),
+        "attention_cost": st.sampled_from([0.0, 0.1]),
+    }
 )
 norms = st.sampled_from(["token_mean", "sequence_mean"])
 
@@ -97,14 +108,14 @@ def test_a_packs_sequences_are_whole_start_at_position_zero_and_fit(samples, spl
         assert bounds[0] == 0 and bounds[-1] == len(inputs.token_ids) == len(inputs.position_ids)
         assert min(lengths) > 0 and inputs.max_seqlen == max(lengths)
         assert inputs.position_ids.tolist() == [p for length in lengths for p in range(length)]
-        assert len(inputs.token_ids) % split["multiple_of"] == 0
+        assert len(inputs.token_ids) % split["sharing"].pack_multiple == 0
         assert len(inputs.token_ids) <= split["max_tokens"]
 
 
 def test_nothing_behind_the_last_target_is_read():
     sample = Sample((1, 2), (100, 101, 200, 102, 201, 202), (True, True, False, True, False, False))
     assert sample.num_rows == 3 and sample.num_inputs == 5
-    batch = pack([sample], [1.0], [0], multiple_of=1)
+    batch = pack([sample], [1.0], [0])
     assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101, 200]
     assert batch.inputs.rows.tolist() == [1, 2, 4]
     assert batch.targets.tolist() == [100, 101, 102]
@@ -112,9 +123,9 @@ def test_nothing_behind_the_last_target_is_read():
 
 def test_padding_is_a_sequence_of_its_own_without_rows():
     sample = Sample((1, 2), (100, 101, 102), (True, True, True))
-    batch = pack([sample], [1.0], [0], multiple_of=4)
+    batch = pack([sample], [1.0], [0], sharing=Sharing(sequence=4))
     assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101]
-    batch = pack([sample], [1.0], [0], multiple_of=3)
+    batch = pack([sample], [1.0], [0], sharing=Sharing(sequence=3))
     assert batch.inputs.token_ids.tolist() == [1, 2, 100, 101, 0, 0]
     assert batch.inputs.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.inputs.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
@@ -125,7 +136,7 @@ def test_padding_is_a_sequence_of_its_own_without_rows():
 def test_a_rank_without_samples_gets_an_empty_micro_batch(multiple_of):
     sample = Sample((1,), (100, 101), (True, True))
     given_to = [
-        make_batches([sample], [0.5], max_tokens=8, multiple_of=multiple_of, rank=rank, num_ranks=2)
+        make_batches([sample], [0.5], max_tokens=8, sharing=Sharing(sequence=multiple_of), rank=rank, num_ranks=2)
         for rank in range(2)
     ]
     assert [len(batches) for batches in given_to] == [1, 1]
@@ -162,7 +173,7 @@ def test_a_tokens_weight_does_not_depend_on_the_split(samples, split, norm):
         batches = on_all_ranks(samples, row_weights(samples, norm), **how)
         return sorted((c, target, owner, weight) for b in batches for c, target, weight, owner in predicted_tokens(b))
 
-    assert weights(**split) == weights(max_tokens=1000, multiple_of=1, num_ranks=1)
+    assert weights(**split) == weights(max_tokens=1000, num_ranks=1)
 
 
 @given(samples=drawn_samples)
@@ -198,23 +209,66 @@ def test_bins_hold_everything_once_within_the_budget(lengths, max_tokens):
     assert all(a + b > max_tokens for a, b in itertools.pairwise(loads)), "two neighbours would fit in one"
 
 
+def test_compute_is_shared_more_evenly_by_cost_than_by_tokens():
+    """256 trajectories of log-normal lengths on 16 ranks, with attention a third of the longest one's work."""
+    dice = random.Random(0)
+    lengths = [min(6144, int(dice.lognormvariate(math.log(1200), 0.7))) for _ in range(256)]
+    costs = [compute_cost(length, 8e-5) for length in lengths]
+
+    def excess(given):
+        loads = [sum(costs[i] for i in share_of_rank(given, rank=rank, num_ranks=16)) for rank in range(16)]
+        return max(loads) / (sum(loads) / 16) - 1
+
+    assert excess(costs) < excess(lengths)
+
+
 def test_a_trajectory_that_is_too_long_names_both_settings():
     sample = Sample((1,) * 5, (100,) * 6, (True,) * 6)
     with pytest.raises(UserError, match=r"has 10 tokens but train\.max_tokens is 9; .*rollout\.max_context_tokens"):
-        make_batches([sample], [1.0], max_tokens=9, multiple_of=1, rank=0, num_ranks=1)
+        make_batches([sample], [1.0], max_tokens=9, rank=0, num_ranks=1)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2])
 def test_a_trajectory_as_long_as_the_budget_fits(multiple_of):
     sample = Sample((1,) * 5, (100,) * 6, (True,) * 6)
-    (batch,) = make_batches([sample], [1.0], max_tokens=10, multiple_of=multiple_of, rank=0, num_ranks=1)
+    (batch,) = make_batches([sample], [1.0], max_tokens=10, sharing=Sharing(sequence=multiple_of), rank=0, num_ranks=1)
     assert len(batch.inputs.token_ids) == 10
 
 
 def test_a_budget_that_is_no_multiple_is_not_exceeded_by_padding():
     samples = [Sample((1,), (100,) * length, (True,) * length) for length in (5, 6)]
-    batches = make_batches(samples, [0.1, 0.1], max_tokens=11, multiple_of=4, rank=0, num_ranks=1)
+    batches = make_batches(samples, [0.1, 0.1], max_tokens=11, sharing=Sharing(sequence=4), rank=0, num_ranks=1)
     assert [len(batch.inputs.token_ids) for batch in batches] == [8, 8]
+
+
+# -- context parallelism --------------------------------------------------------------------------
+
+
+@given(samples=drawn_samples, context=st.sampled_from([2, 3, 4]), sequence=st.sampled_from([1, 2]))
+def test_context_ranks_hold_every_token_and_every_row_once(samples, context, sequence):
+    weights = row_weights(samples, "token_mean")
+    whole = pack(samples, weights, range(len(samples)))
+    parts = [pack(samples, weights, range(len(samples)), sharing=Sharing(sequence, context, r)) for r in range(context)]
+    bounds = parts[0].inputs.cu_seqlens
+    held = [context_positions(bounds, rank=rank, size=context) for rank in range(context)]
+    assert sorted(torch.cat(held).tolist()) == list(range(int(bounds[-1])))
+    assert len({len(tokens) for tokens in held}) == 1 and len(held[0]) % sequence == 0
+
+    numbers = torch.cat([part.row_numbers for part in parts])
+    assert sorted(numbers.tolist()) == list(range(len(whole.targets)))
+    back = numbers.argsort()
+    for name in ("targets", "weights"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts])[back], getattr(whole, name))
+    assert all(torch.equal(part.sample_of_row, whole.sample_of_row) for part in parts)
+    for name in ("token_ids", "position_ids"):
+        found = torch.cat([getattr(part.inputs, name)[part.inputs.rows] for part in parts])[back]
+        assert torch.equal(found, getattr(whole.inputs, name)[whole.inputs.rows])
+
+
+def test_a_rank_holds_an_early_and_a_late_chunk_of_every_sequence():
+    bounds = torch.tensor([0, 8, 12])
+    assert context_positions(bounds, rank=0, size=2).tolist() == [0, 1, 6, 7, 8, 11]
+    assert context_positions(bounds, rank=1, size=2).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 # -- student and teacher --------------------------------------------------------------------------
@@ -228,7 +282,7 @@ def test_teacher_rows_are_the_students_rows_behind_another_prompt(students, spli
     num_ranks = split["num_ranks"]
     seen = []
     for rank in range(num_ranks):
-        options = {key: split[key] for key in ("multiple_of", "num_ranks")}
+        options = {key: split[key] for key in ("sharing", "num_ranks", "attention_cost")}
         for student, teacher in make_pair_batches(students, teachers, weights, max_tokens=300, rank=rank, **options):
             for mine, privileged in zip(predicted_tokens(student), predicted_tokens(teacher), strict=True):
                 assert mine[1:] == privileged[1:]  # target, weight and sample
@@ -242,10 +296,12 @@ def test_teacher_rows_are_the_students_rows_behind_another_prompt(students, spli
 def test_all_ranks_make_as_many_micro_batches(num_ranks):
     """Ranks that share experts meet in every pass: one more on one of them would wait for ever."""
     lengths = [10, 6, 6, 3, 9, 9, 1]
-    plans = [plan(lengths, 10, 1, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    plans = [plan(lengths, lengths, 10, ALONE, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
     assert len({len(bins) for bins in plans}) == 1
     assert sorted(i for bins in plans for members in bins for i in members) == list(range(len(lengths)))
     for bins in plans:
         filled = [members for members in bins if members]
         assert bins[: len(filled)] == filled
-    assert [len(bins) for bins in (plan([10, 6, 6], 10, 1, rank=rank, num_ranks=2) for rank in (0, 1))] == [2, 2]
+    assert [
+        len(bins) for bins in (plan([10, 6, 6], [10, 6, 6], 10, ALONE, rank=rank, num_ranks=2) for rank in (0, 1))
+    ] == [2, 2]

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_ext import model as megatron_model
 from megatron_ext.buckets import Bucket
+from megatron_ext.flops import head_flops, layer_flops
 from megatron_ext.hf_io import CONFIG_NAME, TensorSpec, save_hf
 from megatron_ext.hf_mapping import ModelShape, hf_sizes
 from megatron_ext.known_models import HUB_IDS, hf_config, read_shape
@@ -44,7 +45,6 @@ from searche1.grpo import grpo_step
 from searche1.opsd import TrainedPair, opsd_step
 from searche1.packing import Sample
 from searche1.planner.hardware import GPUS
-from searche1.planner.speed import head_flops, layer_flops
 from searche1.policy import Policy
 from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.places import engine_places
@@ -351,9 +351,7 @@ def bench_spec(bench: Bench) -> dict[str, Any]:
     for length in (700, 90, 1300):
         ids = tuple(dice.randrange(bench.shape.vocab_size) for _ in range(length))
         samples.append(Sample(ids[:40], ids[40:], (True,) * (length - 40)))
-    batches = make_batches(
-        samples, row_weights(samples, "token_mean"), max_tokens=4096, multiple_of=1, rank=0, num_ranks=1
-    )
+    batches = make_batches(samples, row_weights(samples, "token_mean"), max_tokens=4096, rank=0, num_ranks=1)
     found = {}
     original = megatron_model.has_transformer_engine
     for name, answer in (("transformer engine", original), ("local", lambda: False)):
