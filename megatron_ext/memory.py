@@ -95,12 +95,6 @@ def _shard_elements(rule: Rule, shape: ModelShape, sizes: ParallelSizes) -> int:
 
 
 @functools.cache
-def largest_parameter(shape: ModelShape, sizes: ParallelSizes) -> int:
-    """Elements of the largest tensor of a layer on a rank."""
-    return max(_shard_elements(rule, shape, sizes) for rule in layer_rules(shape, 0, experts=range(1)))
-
-
-@functools.cache
 def model_parameters(shape: ModelShape) -> int:
     """Elements of the whole model, as its folder stores it."""
     return sum(prod(hf_size(name, shape)) for rule in model_rules(shape) for name in rule.hf)
@@ -242,7 +236,8 @@ def work_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass) 
     between = tensor if sizes.sequence else 1
     mlp = shape.experts_per_token * shape.expert_ffn_size if shape.num_experts else shape.ffn_size
     gathered = shape.hidden_size * b if sizes.sequence else 0  # sequence parallelism gathers a linear's input again
-    return mlp * b / tensor + 2 * shape.hidden_size * b / between + gathered
+    normed = 0 if settings.is_fused or b == 4 else 2 * shape.hidden_size * 4 / between  # a CPU norms in float32
+    return mlp * b / tensor + 2 * shape.hidden_size * b / between + gathered + normed
 
 
 @dataclass(frozen=True)
@@ -299,8 +294,8 @@ def activation_bytes(
     layer = layer_activations(shape, sizes, settings, tokens=tokens)
     saved = shape.num_layers // sizes.pipeline * layer.kept
     work = work_bytes(shape, sizes, settings) * mine + (layer.whole if settings.recompute == "full" else 0)
-    if stage == sizes.pipeline - 1:  # the last norm's input and output
-        copies = 2 if settings.is_fused else 3 if settings.dtype_bytes == 4 else 6  # a CPU norms in float32
+    if stage == sizes.pipeline - 1:  # the last norm's input and output, and what it hands on
+        copies = 3 if settings.is_fused else 4 if settings.dtype_bytes == 4 else 7  # a CPU norms in float32
         saved += copies * _edge_bytes(shape, sizes, settings.dtype_bytes) * mine
     return Activations(round(under_way * saved), round(work))
 

@@ -15,7 +15,6 @@ from megatron_ext.memory import (
     engine_weight_bytes,
     head_bytes,
     kv_bytes,
-    largest_parameter,
     largest_tensor,
     model_state,
     stage_parameters,
@@ -200,8 +199,7 @@ def _training(
         # tensor that torch's own Adam holds of its share.
         room = found.saved / (sizes.pipeline - stage)
         late = max(0 if lora_rank else _embedding_gradient(shape, sizes, stage) * b, state.optimizer / 12 * 4) - room
-        layer = found.work + (0 if lora_rank else largest_parameter(shape, sizes) * b)
-        busy = max(layer, loss, late)
+        busy = max(found.work, loss, late)
         by_stage.append(
             [
                 *_state_parts(state),

@@ -23,7 +23,6 @@ from megatron_ext.memory import (
     choose_recompute,
     head_bytes,
     largest_micro_batch,
-    largest_parameter,
     layer_activations,
     lora_parameters,
     model_parameters,
@@ -80,7 +79,7 @@ def measured(**request):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "recompute", "lora_rank"), [("float32", "none", 0), ("bfloat16", "full", 0), ("float32", "none", 32)]
+    ("dtype", "recompute", "lora_rank"), [("float32", "full", 0), ("bfloat16", "none", 0), ("float32", "full", 32)]
 )
 def test_a_training_step_takes_as_much_memory_as_computed(dtype, recompute, lora_rank):
     tokens, b = 1024, 4 if dtype == "float32" else 2
@@ -91,13 +90,12 @@ def test_a_training_step_takes_as_much_memory_as_computed(dtype, recompute, lora
     state = model_state(shape, alone, 0, dtype_bytes=b, distributed_optimizer=True, lora_rank=lora_rank)
     settings = TrainingPass(recompute, b, lora_rank, is_fused=False)
     activations = activation_bytes(shape, alone, settings, tokens=tokens)
-    layer_gradient = 0 if lora_rank else largest_parameter(shape, alone) * b
     noise = 4e6  # bytes that no tensor of the model explains
     assert found["weights"] == pytest.approx(state.weights, rel=CLOSE)
     assert found["gradients"] == pytest.approx(state.gradients, rel=CLOSE, abs=noise)
     assert found["main weights"] + found["moments"] == pytest.approx(state.optimizer, rel=CLOSE, abs=noise)
     assert found["saved"] == pytest.approx(activations.saved, rel=CLOSE, abs=noise)
-    assert found["peak"] == pytest.approx(activations.total + layer_gradient, rel=CLOSE, abs=noise)
+    assert found["peak"] == pytest.approx(activations.total, rel=CLOSE, abs=noise)
 
 
 def saved_cases():
