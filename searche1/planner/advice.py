@@ -171,7 +171,7 @@ def _parallel_keys(sizes: ParallelSizes) -> dict[str, Any]:
 
 
 def rank_layouts(setting: Setting) -> list[Candidate]:
-    """Every legal layout of these GPUs, those that fit first, then by estimated step time.
+    """Every legal layout of these GPUs: those that fit by estimated step time, then the others by what they need.
 
     Engines are as large as they must be to hold the model, or as the config says.
     """
@@ -187,7 +187,9 @@ def rank_layouts(setting: Setting) -> list[Candidate]:
                 fullest = judged.memory.fullest.total
                 found.append(Candidate(sizes, engine, mode, judged.memory.fits, fullest, judged.time.total))
                 break
-    return sorted(found, key=lambda candidate: (not candidate.fits, candidate.step_seconds))
+    return sorted(
+        found, key=lambda candidate: (not candidate.fits, candidate.step_seconds * candidate.fits, candidate.fullest)
+    )
 
 
 def _engine_tensor(setting: Setting) -> int:
@@ -307,6 +309,7 @@ def _moves(setting: Setting) -> list[Changes]:
     moves: list[dict[str, Any]] = [
         *({"train.recompute": mode} for mode in RECOMPUTE_MODES),
         *({"train.max_tokens": tokens} for tokens in budgets if tokens >= longest),
+        *({"opsd.max_teacher_tokens": tokens} for tokens in (8192, 6144) if tokens < config.opsd.max_teacher_tokens),
         *({"train.logits_chunk": rows} for rows in (2048, 1024, 512, 256)),
         *({"engine.mem_fraction": percent / 100} for percent in range(90, 15, -5)),
         *({"engine.tensor": tensor} for tensor in (1, 2, 4, 8)),

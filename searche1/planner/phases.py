@@ -93,6 +93,11 @@ def sizes_of(config: Config, world: int) -> ParallelSizes:
     )
 
 
+def is_offloaded(config: Config) -> bool:
+    """Whether the trainer's state waits on the host while engines work: they share its GPUs, or it is asked for."""
+    return config.train.offload == "on" or (config.train.offload == "auto" and not config.engine.urls)
+
+
 def longest_trajectory(config: Config) -> int:
     return config.rollout.max_start_tokens + config.rollout.max_context_tokens
 
@@ -155,7 +160,7 @@ def _beside(config: Config, shape: ModelShape, cluster: Cluster, guess: Assumpti
     """What an engine keeps while the trainer works."""
     if config.engine.urls:
         return []
-    if config.train.offload == "off":
+    if not is_offloaded(config):
         return _awake(config, shape, cluster, guess)
     return [Part("engine asleep (assumed)", guess.asleep_bytes)]
 
@@ -164,7 +169,7 @@ def _rollout(config: Config, shape: ModelShape, sizes: ParallelSizes, cluster: C
     by_stage = []
     for stage in range(sizes.pipeline):
         parts = [*_awake(config, shape, cluster, guess), Part("CUDA, NCCL (assumed)", guess.context_bytes)]
-        if config.train.offload == "off":
+        if not is_offloaded(config):
             parts += _state_parts(_state(config, shape, sizes, stage))
         by_stage.append(parts)
     return _heaviest("rollout", by_stage, cluster)
@@ -237,11 +242,11 @@ def _sync(config: Config, shape: ModelShape, sizes: ParallelSizes, cluster: Clus
             Part("largest tensor, gathered", largest * (2 if sizes.tensor > 1 else 1)),
             Part("CUDA, NCCL (assumed)", guess.context_bytes),
         ]
-        if config.train.offload == "off":
+        if not is_offloaded(config):
             grpo = _state(config, shape, sizes, stage)
             parts += [Part("gradients", grpo.gradients), Part("Adam, main weights", grpo.optimizer)]
             parts += _beside(config, shape, cluster, guess)
-        elif not config.engine.urls:
+        elif not config.engine.urls:  # awake, but for its cache
             weights = engine_weight_bytes(shape, config.engine.tensor, b)
             parts += [Part("engine weights", weights), Part("engine asleep (assumed)", guess.asleep_bytes)]
         by_stage.append(parts)
@@ -256,7 +261,7 @@ def _host(
     state = _state(config, shape, sizes, stage)
     ranks = cluster.gpus_per_node
     parts = []
-    if config.train.offload != "off":
+    if is_offloaded(config):
         parts.append(Part("trainer state during rollouts, pinned", ranks * (state.weights + state.optimizer)))
     if config.grpo.kl_coef:
         parts.append(Part("reference policy of GRPO and one copy", ranks * 2 * state.weights))

@@ -193,7 +193,8 @@ def _layouts(plan: Plan, console: Console) -> None:
     other = "the other settings as they are"
     if engine != plan.setting.config.engine.tensor:
         other = f"engine.tensor={engine} and {other}"
-    _say(console, f"{plan.num_layouts} legal layouts, {plan.num_fitting} fit with {other}:")
+    layouts = f"{plan.num_layouts} legal layout{'s' * (plan.num_layouts > 1)}"
+    _say(console, f"{layouts}; with {other} {plan.num_fitting} of them fit:")
     has_experts = bool(plan.setting.shape.num_experts)
     columns = ["tensor", "pipeline", "context", *(["expert"] if has_experts else []), "data", "recompute"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -19,7 +19,7 @@ from megatron_ext.memory import (
 )
 from searche1.config import Config
 from searche1.planner.hardware import Assumptions, Cluster, Lengths
-from searche1.planner.phases import Cache, dtype_bytes, sizes_of
+from searche1.planner.phases import Cache, dtype_bytes, is_offloaded, sizes_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def step_time(
     parts = []
     if cache is not None:
         parts += _rollout_parts(config, shape, cluster, cache, guess, lengths)
-    if config.train.offload != "off":
+    if is_offloaded(config):
         parts.append(Duration("trainer state to the host and back", 2 * (weights + 12 * share) / rates.host))
     parts.append(Duration("old logprobs", updates * forward))
     if config.grpo.kl_coef:

@@ -31,7 +31,7 @@ from megatron_ext.memory import (
 )
 from searche1.cli import main
 from searche1.config import load_config
-from searche1.planner.advice import Setting, judge, legal_layouts, refusal
+from searche1.planner.advice import Setting, judge, legal_layouts, refusal, with_keys
 from searche1.planner.hardware import Assumptions, Lengths, cluster
 from searche1.planner.plan import make_plan
 
@@ -241,6 +241,73 @@ def test_a_shipped_config_fits_the_hardware_it_names(name):
 
 def test_every_config_of_a_released_model_is_planned_here():
     assert {path.stem for path in (ROOT / "configs").glob("qwen*.yaml")} == set(HARDWARE)
+
+
+# -- phases ---------------------------------------------------------------------------------------
+
+
+def phases_of(changes):
+    config = with_keys(load_config(ROOT / "configs" / "qwen2.5-3b.yaml"), changes)
+    memory = judge(Setting(config, read_shape(config.model.path), H800, Assumptions(), Lengths())).memory
+    return {phase.name: {part.name: part.bytes for part in phase.parts} for phase in memory.phases}
+
+
+def test_engine_and_trainer_take_turns_unless_nothing_is_offloaded():
+    turns, together = phases_of({}), phases_of({"train.offload": "off"})
+    assert "gradients" not in turns["rollout"] and "key-value cache" not in turns["train GRPO"]
+    for name in ("rollout", "train GRPO", "sync"):
+        assert {"key-value cache", "weights", "gradients", "Adam, main weights"} <= together[name].keys()
+
+
+def test_engines_elsewhere_take_nothing_here():
+    phases = phases_of({"engine.urls": ["http://elsewhere:30000"]})
+    assert phases.keys() == {"train GRPO", "train OPSD", "sync"}
+    assert not any(name.startswith(("engine", "key")) for parts in phases.values() for name in parts)
+
+
+def test_opsd_trains_adapters_only_and_packs_whole_teacher_prompts():
+    grpo, opsd = phases_of({})["train GRPO"], phases_of({})["train OPSD"]
+    assert opsd["weights"] > grpo["weights"]
+    assert opsd["gradients"] + opsd["Adam, main weights"] < 0.1 * grpo["gradients"]
+    small = phases_of({"train.max_tokens": 6144})  # less than opsd.max_teacher_tokens
+    assert small["train OPSD"]["activations"] > 1.5 * small["train GRPO"]["activations"]
+
+
+def test_ranks_of_an_axis_divide_what_they_should():
+    shape, settings = read_shape("Qwen/Qwen2.5-7B-Instruct"), TrainingPass("none", 2)
+
+    def saved(sizes, stage=0):
+        return activation_bytes(shape, sizes, settings, tokens=8192, stage=stage).saved
+
+    def adam(sizes):
+        return model_state(shape, sizes, 0, dtype_bytes=2, distributed_optimizer=True).optimizer
+
+    alone = ParallelSizes(1)
+    assert saved(ParallelSizes(2, tensor=2, sequence=True)) == pytest.approx(saved(alone) / 2, rel=0.02)
+    assert saved(ParallelSizes(2, tensor=2)) > 1.05 * saved(alone) / 2  # what lies between linears is whole
+    assert saved(ParallelSizes(2, context=2)) == pytest.approx(saved(alone) / 2, rel=0.02)
+    two = ParallelSizes(2, pipeline=2)
+    assert saved(two, stage=0) == pytest.approx(saved(alone), rel=0.02)  # half the layers, twice the micro-batches
+    assert saved(two, stage=1) == pytest.approx(saved(alone) / 2, rel=0.02)
+    assert adam(ParallelSizes(8)) == pytest.approx(adam(alone) / 8)
+    assert adam(ParallelSizes(8, context=4)) == pytest.approx(adam(alone) / 8)
+
+
+def test_experts_and_their_optimizer_are_divided_by_other_ranks_than_the_rest():
+    shape = read_shape("Qwen/Qwen3-30B-A3B")
+    one, eight = ParallelSizes(32), ParallelSizes(32, expert=8)
+    assert stage_parameters(shape, eight, 0).dense == stage_parameters(shape, one, 0).dense
+    assert stage_parameters(shape, eight, 0).expert * 8 == stage_parameters(shape, one, 0).expert
+    # Every element's moments are somewhere once, however the experts are spread.
+    adam = [model_state(shape, s, 0, dtype_bytes=2, distributed_optimizer=True).optimizer for s in (one, eight)]
+    assert adam[0] == pytest.approx(adam[1])
+
+
+def test_a_config_that_leaves_recompute_open_is_planned_with_the_least_that_fits():
+    config = with_keys(load_config(ROOT / "configs" / "qwen2.5-3b.yaml"), {"train.recompute": "auto"})
+    assert make_plan(config, H800, builds=False).setting.config.train.recompute == "full"
+    small = with_keys(config, {"train.max_tokens": 8192})
+    assert make_plan(small, H800, builds=False).setting.config.train.recompute == "none"
 
 
 # -- choices that the trainer may ask for ---------------------------------------------------------
