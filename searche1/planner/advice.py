@@ -321,7 +321,7 @@ def _moves(setting: Setting) -> list[Changes]:
         moves.append({"parallel.tensor": tensor, "parallel.sequence": tensor > 1})
     if shape.num_experts:
         moves += [{"parallel.expert": ranks} for ranks in _divisors(shape.num_experts)]
-    if config.train.offload == "off":
+    if config.train.offload == "never":
         moves.append({"train.offload": "auto"})
     if config.train.loss_mode == "materialized":
         moves.append({"train.loss_mode": "chunked"})

@@ -94,8 +94,8 @@ def sizes_of(config: Config, world: int) -> ParallelSizes:
 
 
 def is_offloaded(config: Config) -> bool:
-    """Whether the trainer's state waits on the host while engines work: they share its GPUs, or it is asked for."""
-    return config.train.offload == "on" or (config.train.offload == "auto" and not config.engine.urls)
+    """Whether trainer and engines take turns on the GPUs."""
+    return config.train.offload != "never" and not config.engine.urls
 
 
 def longest_trajectory(config: Config) -> int:

@@ -172,9 +172,9 @@ def _replica_time(config: Config, sizes: ParallelSizes, cluster: Cluster, rates:
 
 
 def _sync_time(shape: ModelShape, sizes: ParallelSizes, cluster: Cluster, rates: _Rates, b: int) -> float:
-    """The whole model is gathered once inside a node, and travels to the other nodes."""
+    """Every rank gathers the whole model, from other nodes if its pipeline crosses them."""
     whole = model_parameters(shape) * b
-    return whole / rates.nvlink + (whole / rates.network if cluster.nodes > 1 else 0.0)
+    return whole / (rates.network if sizes.pipeline > 1 and cluster.nodes > 1 else rates.nvlink)
 
 
 def _opsd_time(

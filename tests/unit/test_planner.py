@@ -253,7 +253,7 @@ def phases_of(changes):
 
 
 def test_engine_and_trainer_take_turns_unless_nothing_is_offloaded():
-    turns, together = phases_of({}), phases_of({"train.offload": "off"})
+    turns, together = phases_of({}), phases_of({"train.offload": "never"})
     assert "gradients" not in turns["rollout"] and "key-value cache" not in turns["train GRPO"]
     for name in ("rollout", "train GRPO", "sync"):
         assert {"key-value cache", "weights", "gradients", "Adam, main weights"} <= together[name].keys()
