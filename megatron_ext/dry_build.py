@@ -168,7 +168,7 @@ def _nothing_is_allocated() -> None:
 
 
 def _join(rank: int, sizes: ParallelSizes) -> Any:
-    """The layout of a rank. Context ranks hold what data ranks hold, so they count as such."""
+    """The layout of a rank."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -181,6 +181,7 @@ def _join(rank: int, sizes: ParallelSizes) -> Any:
         pipeline=sizes.pipeline,
         sequence=sizes.sequence,
         expert=sizes.expert,
+        context=sizes.context,
         device="cpu",
     )
     return dataclasses.replace(layout, device=torch.device("meta"))

@@ -6,6 +6,7 @@
 #   SEARCHE1_VENV     folder of the environment; default .venv (CPU) or .venv-gpu in the checkout
 #   SEARCHE1_PYTHON   the Python that makes it; default: the first python3.11 (CPU) or python3.12 (GPU) found
 #   SEARCHE1_LOCK     the GPU lock file; default requirements/gpu-sglang0.5.21-py312.txt
+#   SEARCHE1_WAIT     1: make nothing, wait until another node has made the environment on the shared disk
 #   SEARCHE1_BUNDLE   unpacked archive of make_gpu_bundle.sh: nothing is installed, the machine's own python3 runs
 
 if [ "${BASH_SOURCE[0]:-}" != "$0" ]; then # sourced: the work is done in a process of its own, so a failure ends no shell
@@ -139,6 +140,18 @@ packages_line="packages $({ printf '%s\n' "$root" "$venv" && grep '^[A-Za-z]' "$
 project_line="project $(cat "$root/setup.py" "$root/megatron_ext/vocab_parallel/rows.cpp" | sha256sum | cut -c1-16)"
 
 is_stamped() { grep -qxF "$1" "$stamp" 2>/dev/null; }
+
+if [ "${SEARCHE1_WAIT:-}" = 1 ]; then
+    waited=0
+    until is_stamped "$packages_line" && is_stamped "$project_line" && [ -x "$venv/bin/python" ]; do
+        if [ $waited = 0 ]; then say "waiting for node 0 to make the environment in $venv"; fi
+        if [ $waited -ge 3600 ]; then
+            die "node 0 has made no environment in $venv for an hour; is that folder on a disk that all nodes see?"
+        fi
+        sleep 5
+        waited=$((waited + 5))
+    done
+fi
 
 if ! is_stamped "$packages_line" || ! is_stamped "$project_line" || ! [ -x "$venv/bin/python" ]; then
     # The stamp comes first into a new folder, and is looked for last: another shell may be making it right now.

@@ -66,8 +66,8 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 on a GPU (main parameters float32), else float32
-    max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included
-    recompute: str = "none"  # activation recompute: none, selective or full
+    max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included; 0: what the GPU's memory holds
+    recompute: str = "none"  # activation recompute: none, selective, full; auto: the least that fits the GPU
     offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), always or never
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
@@ -271,7 +271,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "train.dtype": ("auto", "float32", "bfloat16"),
-    "train.recompute": ("none", "selective", "full"),
+    "train.recompute": ("none", "selective", "full", "auto"),
     "train.offload": ("auto", "always", "never"),
     "train.loss_mode": ("chunked", "recompute", "materialized"),
     "engine.verify_sync": ("probe", "exact"),
@@ -284,6 +284,7 @@ CHOICES = {
 MAY_BE_ZERO = {
     "run.seed",
     "train.sync_tolerance",
+    "train.max_tokens",
     "engine.port",
     "engine.count",
     "engine.max_total_tokens",

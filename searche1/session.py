@@ -7,6 +7,7 @@ ranks, and what rank 0 found out is the same on all of them afterwards.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import sys
@@ -28,7 +29,9 @@ from searche1.data import load_questions
 from searche1.engines import Engines, places_of
 from searche1.metrics import MetricsLog
 from searche1.packing import Sample, make_batches, row_weights, sharing_of
-from searche1.policy import Policy, check_model, resolve_model, train_dtype
+from searche1.planner.fit import WITHOUT_GPU, fit_to_gpu, leaves_open, with_train
+from searche1.planner.hardware import GPUS, Assumptions, Cluster
+from searche1.policy import Policy, check_model, read_shape, resolve_model, train_dtype
 from searche1.prompts import encode_prompt
 from searche1.ranks import Ranks
 from searche1.rollout.fleet import NoEngineLeft
@@ -124,9 +127,12 @@ class Session:
         self.ranks = Ranks(self.layout, timeout_s=config.train.timeout_s)
         self.from_writer(prepare)
         self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
+        settings = config  # as they are given, for the run directory
+        if leaves_open(config):
+            self.config = config = self._fitted(config)
         # Before the run directory holds these settings, which it would then insist on.
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
-        self.run: Run = self.from_writer(lambda: self._open_run(stack))
+        self.run: Run = self.from_writer(lambda: self._open_run(settings, stack))
         self.metrics: MetricsLog | None = None  # on rank 0
         if self.layout.is_writer:
             log = MetricsLog(self.run.metrics_path, console=self.console)
@@ -151,9 +157,24 @@ class Session:
         probe_file = getattr(config.data, needs[0])
         self._probe_ids = self.from_writer(lambda: self._prompts(probe_file))
 
-    def _open_run(self, stack: contextlib.ExitStack) -> Run:
-        stack.enter_context(only_run_in(Path(self.config.run.out)))
-        return open_run(self.config.run.out, self.config)
+    def _fitted(self, config: Config) -> Config:
+        """With what the config leaves to this GPU's memory, or to a CPU that has enough."""
+        if self.layout.device.type == "cuda":
+            memory = float(torch.cuda.get_device_properties(self.layout.device).total_memory)
+            gpu = dataclasses.replace(GPUS["h100"], name="this GPU", memory=memory)
+            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cluster = Cluster(gpu, self.layout.world_size // per_node, per_node)
+            config = self.from_writer(lambda: fit_to_gpu(config, read_shape(self.model_path), cluster, Assumptions()))
+        else:
+            recompute, max_tokens = WITHOUT_GPU
+            recompute = recompute if config.train.recompute == "auto" else config.train.recompute
+            config = with_train(config, recompute=recompute, max_tokens=config.train.max_tokens or max_tokens)
+        self.tell(f"chosen: train.recompute={config.train.recompute} train.max_tokens={config.train.max_tokens}")
+        return config
+
+    def _open_run(self, settings: Config, stack: contextlib.ExitStack) -> Run:
+        stack.enter_context(only_run_in(Path(settings.run.out)))
+        return open_run(settings.run.out, settings)
 
     def _prompts(self, file: str) -> list[tuple[int, ...]]:
         assert self.servers is not None

@@ -137,6 +137,7 @@ def _layout(sizes: ParallelSizes) -> Layout:
         pipeline_rank=0,
         data_rank=0,
         expert=sizes.expert,
+        context=sizes.context,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ext.dry_build import DryBuild, dry_build
 from megatron_ext.hf_mapping import ModelShape
 from megatron_ext.known_models import read_shape
-from megatron_ext.memory import RECOMPUTE_MODES, ParallelSizes, active_parameters, model_parameters
+from megatron_ext.memory import ParallelSizes, active_parameters, model_parameters
 from searche1.config import Config
 from searche1.planner.advice import (
     SHOWN,
@@ -25,6 +25,7 @@ from searche1.planner.advice import (
     rank_layouts,
     settings_refusal,
 )
+from searche1.planner.fit import fit_to_gpu, leaves_open
 from searche1.planner.hardware import Assumptions, Cluster, Lengths
 from searche1.planner.phases import sizes_of
 from searche1.planner.speed import running_together
@@ -65,8 +66,11 @@ def make_plan(
     Raises UserError if the model's numbers are not known.
     """
     shape = shape_of(config)
-    setting = _with_recompute(Setting(config, shape, cluster, guess or Assumptions(), lengths or Lengths()))
-    config, sizes = setting.config, sizes_of(config, cluster.world)
+    guess = guess or Assumptions()
+    if leaves_open(config):
+        config = fit_to_gpu(config, shape, cluster, guess)
+    setting = Setting(config, shape, cluster, guess, lengths or Lengths())
+    sizes = sizes_of(config, cluster.world)
     layout_problem = layout_refusal(config, shape, cluster)
     problem = layout_problem or settings_refusal(config, shape, cluster)
     judgement = None if problem else judge(setting)
@@ -88,18 +92,6 @@ def make_plan(
         dry=dry,
         dry_problem=dry_problem,
     )
-
-
-def _with_recompute(setting: Setting) -> Setting:
-    """The mode that the config names, or where it leaves the choice the one that repeats least and fits."""
-    if setting.config.train.recompute in RECOMPUTE_MODES:
-        return setting
-    tried = setting
-    for mode in RECOMPUTE_MODES:
-        tried = setting.changed({"train.recompute": mode})
-        if not layout_refusal(tried.config, tried.shape, tried.cluster) and judge(tried).memory.fits:
-            break
-    return tried
 
 
 def shape_of(config: Config) -> ModelShape:

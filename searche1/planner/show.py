@@ -66,7 +66,8 @@ def _head(plan: Plan, console: Console) -> None:
     _say(
         console,
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {', '.join(axes)}"
-        f"{', sequence parallel' if sizes.sequence else ''}; train.recompute={setting.config.train.recompute}",
+        f"{', sequence parallel' if sizes.sequence else ''}; train.recompute={setting.config.train.recompute} "
+        f"train.max_tokens={setting.config.train.max_tokens}",
     )
 
 

@@ -32,6 +32,7 @@ from megatron_ext.memory import (
 from searche1.cli import main
 from searche1.config import load_config
 from searche1.planner.advice import Setting, judge, legal_layouts, refusal, with_keys
+from searche1.planner.fit import MOST_TOKENS, fit_to_gpu
 from searche1.planner.hardware import Assumptions, Lengths, cluster
 from searche1.planner.plan import make_plan
 
@@ -308,6 +309,30 @@ def test_a_config_that_leaves_recompute_open_is_planned_with_the_least_that_fits
     assert make_plan(config, H800, builds=False).setting.config.train.recompute == "full"
     small = with_keys(config, {"train.max_tokens": 8192})
     assert make_plan(small, H800, builds=False).setting.config.train.recompute == "none"
+
+
+def test_tokens_that_are_left_open_fill_the_gpu_and_what_is_given_stays():
+    config = with_keys(load_config(ROOT / "configs" / "qwen2.5-3b.yaml"), {"train.recompute": "auto"})
+    open_config = with_keys(config, {"train.max_tokens": 0})
+    for gpu in ("h800", "h200"):
+        on_it = cluster(gpu, nodes=1, gpus_per_node=8)
+        plan = make_plan(open_config, on_it, builds=False)
+        train = plan.setting.config.train
+        assert plan.judgement.memory.fits and train.max_tokens >= 2 * 6144
+        more = with_keys(plan.setting.config, {"train.max_tokens": train.max_tokens + 1024})
+        assert train.max_tokens == MOST_TOKENS or not make_plan(more, on_it, builds=False).judgement.memory.fits
+    given = with_keys(config, {"train.recompute": "full", "train.max_tokens": 0})
+    assert fit_to_gpu(given, read_shape(given.model.path), H800, Assumptions()).train.recompute == "full"
+
+
+def test_where_nothing_fits_the_least_is_tried():
+    config = with_keys(
+        load_config(ROOT / "configs" / "qwen2.5-72b.yaml"),
+        {"train.recompute": "auto", "train.max_tokens": 0, "parallel.pipeline": 1, "parallel.tensor": 1},
+    )
+    config = with_keys(config, {"parallel.sequence": False})
+    train = fit_to_gpu(config, read_shape(config.model.path), H800, Assumptions()).train
+    assert (train.recompute, train.max_tokens) == ("full", 6144)
 
 
 # -- choices that the trainer may ask for ---------------------------------------------------------

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"])
-WITH_FLAGS = ("quickstart.sh", "gpu_check.sh", "make_gpu_bundle.sh")
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/slurm/*.sbatch"), ROOT / ".ci" / "run"])
+WITH_FLAGS = ("quickstart.sh", "gpu_check.sh", "make_gpu_bundle.sh", "launch.sh")
+CYCLES = {"3b": 1, "7b": 2, "14b": 2, "32b": 4, "72b": 8, "30b_a3b": 4}  # nodes
 
 # Answers the version question, makes "environments" with a copy of itself, and refuses what $FAKE/refuse holds.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
@@ -33,7 +34,11 @@ esac
 
 def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs with `variables` and no setting of the caller's that changes what the scripts do."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SEARCHE1_", "OMP_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SEARCHE1_", "OMP_", "NCCL_", "CUDA_", "SLURM_", "MASTER_", "PYTORCH_"))
+    }
     env = {**inherited, **variables}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
@@ -264,3 +269,92 @@ def test_a_bundle_runs_the_checkout_on_the_python_that_is_there(checkout: Checko
 def test_make_lists_its_targets():
     listed = [line.split()[1] for line in run(["make"], ROOT).stdout.splitlines()]
     assert listed == ["help", "quickstart", "test", "lint", "format", "clean"]
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+def launch(checkout: Checkout, *arguments: str, script: str = "launch.sh", **variables: str):
+    return checkout.run("bash", str(checkout.root / "scripts" / script), *arguments, **variables)
+
+
+@pytest.mark.parametrize("size", CYCLES)
+def test_every_cycle_starts_its_config_on_its_number_of_nodes(size: str, checkout: Checkout):
+    nodes = CYCLES[size]
+    where = {"NODES": str(nodes), "NODE_RANK": "0", "MASTER_ADDR": "10.0.0.1"} if nodes > 1 else {}
+    result = launch(checkout, "--dry-run", "grpo.steps=3", script=f"run_{size}_cycle.sh", **where)
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.splitlines()[-1]
+    config = command.partition("--config ")[2].split()[0]
+    assert (ROOT / config).is_file() and command.endswith(" grpo.steps=3")
+    assert f"--nproc-per-node 8 -m searche1 cycle --config {config}" in command
+    assert (f"--nnodes {nodes} " in command) == (nodes > 1) and ("--standalone" in command) == (nodes == 1)
+
+
+def test_a_config_for_two_nodes_on_one_says_how_to_start_it(checkout: Checkout):
+    result = launch(checkout, script="run_7b_cycle.sh")
+    assert result.returncode == 2 and checkout.calls() == []
+    for words in ("made for 2 nodes", "NODES=2 NODE_RANK=0 MASTER_ADDR=", "sbatch --nodes 2", "NODES=1"):
+        assert words in result.stderr
+    alone = launch(checkout, "--dry-run", script="run_7b_cycle.sh", NODES="1", GPUS="4")
+    assert "--standalone --nproc-per-node 4 " in alone.stdout
+
+
+def test_slurm_says_where_a_node_is(checkout: Checkout):
+    checkout.program("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]"}
+    result = launch(checkout, "--dry-run", script="run_7b_cycle.sh", **slurm)
+    expected = "--nnodes 2 --node-rank 1 --master-addr gpu3 --master-port 29500 --max-restarts 0 --nproc-per-node 8"
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NODES": "2", "MASTER_ADDR": "a"}, "NODES=2 needs NODE_RANK"),
+        ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 must be a number from 0 to 1"),
+        ({"NODES": "2", "NODE_RANK": "0"}, "NODES=2 needs MASTER_ADDR"),
+        ({"NODES": "two"}, "NODES=two must be a whole number"),
+        ({"GPUS": "0"}, "GPUS=0 must be a whole number above 0"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "cannot be handed to an engine"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_told_before_anything_is_made(variables, said, checkout: Checkout):
+    result = launch(checkout, "configs/qwen2.5-3b.yaml", **variables)
+    assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+    assert checkout.calls() == []
+
+
+def test_a_users_own_variable_wins(checkout: Checkout):
+    result = launch(checkout, "--dry-run", "configs/qwen2.5-3b.yaml", NCCL_DEBUG="INFO")
+    assert result.stdout.splitlines()[:2] == ["CUDA_DEVICE_MAX_CONNECTIONS=1", "NCCL_DEBUG=INFO"]
+
+
+def test_a_config_beside_the_caller_keeps_its_path(checkout: Checkout):
+    (checkout.root.parent / "mine.yaml").touch()
+    result = launch(checkout, "--dry-run", "mine.yaml")
+    assert f"--config {checkout.root.parent}/mine.yaml" in result.stdout
+
+
+def test_other_nodes_wait_for_the_environment_of_node_0(checkout: Checkout):
+    """They make nothing; what they wait for is there already here."""
+    assert checkout.make_env().returncode == 0
+    checkout.calls()
+    torchrun = checkout.venv / "bin" / "torchrun"
+    torchrun.write_text('#!/bin/sh\necho "wait=$SEARCHE1_WAIT" "$@"\n')
+    torchrun.chmod(0o755)
+    where = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "GPUS": "1"}
+    result = launch(checkout, "configs/quickstart.yaml", **where)
+    assert result.returncode == 0 and result.stdout.startswith("wait=1 --nnodes 2 --node-rank 1"), result.stderr
+    assert checkout.calls() == []
+    (checkout.venv / ".searche1").unlink()
+    checkout.program("sleep", "#!/bin/sh\nkill -TERM $PPID\n")
+    waiting = launch(checkout, "configs/quickstart.yaml", **where)
+    assert waiting.returncode != 0 and "waiting for node 0 to make the environment" in waiting.stderr
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize("name", ["cycle.sbatch", "retriever.sbatch"])
+def test_a_job_file_outside_slurm_says_how_it_is_submitted(name: str, checkout: Checkout):
+    result = launch(checkout, "a", "b", "c", script=f"slurm/{name}")
+    assert result.returncode != 0 and "sbatch" in result.stderr and checkout.calls() == []

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# The one place that starts torchrun: a config on the GPUs of one node or several. The run_*_cycle.sh call it.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: scripts/launch.sh [--nodes N] [--dry-run | --check] CONFIG [key=value ...]
+
+Starts `searche1 cycle --config CONFIG key=value ...` on every GPU of this node, as one of N nodes. Call it once on each
+node, or once under Slurm's srun with one task a node. The same command again continues a run that was stopped.
+
+  --nodes N     nodes that CONFIG is made for (default 1); others take NODES=... to say so
+  --dry-run     print what would be started, and start nothing
+  --check       look at the cluster instead: versions, shared folders, messages between ranks
+  -h, --help    this text
+
+Environment, each with what it is taken from otherwise:
+  NODES         number of nodes                Slurm; else 1, which is refused if CONFIG is made for more
+  NODE_RANK     this node's number, from 0     Slurm; node 0 runs the retriever and drives the rollouts
+  MASTER_ADDR   address of node 0              Slurm's first host
+  MASTER_PORT   a free port there              29500
+  GPUS          processes of a node, one a GPU 8
+
+Set here unless you have set them: CUDA_DEVICE_MAX_CONNECTIONS=1, NCCL_DEBUG=WARN. docs/launching.md explains these and
+the NCCL variables of a cluster. SEARCHE1_* of scripts/env.sh work as ever.
+END
+}
+refuse() {
+    echo "launch.sh: $1" >&2
+    exit 2
+}
+is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+made_for=1 mode=run config="" settings=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --nodes)
+        if ! is_number "${2:-}" || [ "$2" = 0 ]; then refuse "--nodes is '${2:-}', it must be a number such as 2"; fi
+        made_for=$2
+        shift
+        ;;
+    --dry-run) mode=dry-run ;;
+    --check) mode=check ;;
+    [a-z]*=*) settings+=("$1") ;;
+    -*) refuse "unknown flag '$1'; scripts/launch.sh --help lists the flags" ;;
+    *)
+        if [ -n "$config" ]; then refuse "two configs were given, $config and $1; one run has one"; fi
+        config=$1
+        # What torchrun starts, starts in the checkout: a file beside the caller keeps its path.
+        if [ -f "$config" ] && ! [ "$PWD" -ef "$root" ]; then config=$(cd "$(dirname "$1")" && pwd -P)/$(basename "$1"); fi
+        ;;
+    esac
+    shift
+done
+if [ -z "$config" ] && [ $mode != check ]; then refuse "which config? For example configs/qwen2.5-3b.yaml"; fi
+# Without Slurm, a node that was told nothing about others is alone.
+nodes=${NODES:-${SLURM_NNODES:-}}
+if [ -z "$nodes" ] && [ "$made_for" -gt 1 ]; then
+    refuse "$config is made for $made_for nodes. Start it on each of them, with their numbers from 0:
+  NODES=$made_for NODE_RANK=0 MASTER_ADDR=<address of node 0> bash $0 ...
+or once under Slurm: sbatch --nodes $made_for scripts/slurm/cycle.sbatch $config. NODES=1 tries it on this node alone;
+searche1 plan says what fits"
+fi
+nodes=${nodes:-1} gpus=${GPUS:-8} port=${MASTER_PORT:-29500}
+for pair in "NODES=$nodes" "GPUS=$gpus" "MASTER_PORT=$port"; do
+    if ! is_number "${pair#*=}" || [ "${pair#*=}" = 0 ]; then refuse "$pair must be a whole number above 0"; fi
+done
+
+rendezvous=(--standalone)
+node_rank=0
+if [ "$nodes" -gt 1 ]; then
+    node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
+    if [ -z "$node_rank" ]; then refuse "NODES=$nodes needs NODE_RANK, this node's number: 0 to $((nodes - 1))"; fi
+    if ! is_number "$node_rank" || [ "$node_rank" -ge "$nodes" ]; then
+        refuse "NODE_RANK=$node_rank must be a number from 0 to $((nodes - 1)), because NODES=$nodes"
+    fi
+    address=${MASTER_ADDR:-}
+    if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+        address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    fi
+    if [ -z "$address" ]; then refuse "NODES=$nodes needs MASTER_ADDR, an address of node 0 that all nodes reach"; fi
+    # Numbered nodes instead of torchrun's elastic rendezvous: the node that runs the retriever and drives the rollouts
+    # is chosen by you, and a restart finds it again. Nothing is restarted by torchrun: the same command continues.
+    rendezvous=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$address" --master-port "$port")
+    rendezvous+=(--max-restarts 0)
+fi
+case ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} in
+*expandable_segments:[Tt]rue*)
+    refuse "PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, whose memory cannot be handed to an engine; unset it"
+    ;;
+esac
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron's overlap of messages relies on the order
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+program=(searche1 cycle --config "$config" ${settings[@]+"${settings[@]}"})
+if [ $mode = check ]; then program=(searche1.cluster_check ${settings[@]+"${settings[@]}"}); fi
+command=(torchrun "${rendezvous[@]}" --nproc-per-node "$gpus" -m "${program[@]}")
+if [ $mode = dry-run ]; then
+    for name in CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG; do echo "$name=${!name}"; done
+    printf '%q ' "${command[@]}" | sed 's/ $/\n/'
+    exit 0
+fi
+
+cd "$root"
+if [ "$node_rank" != 0 ]; then export SEARCHE1_WAIT=1; fi # node 0 makes the environment on the shared disk
+# shellcheck source=scripts/env.sh
+source scripts/env.sh
+exec "${command[@]}"
