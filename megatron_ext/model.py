@@ -89,6 +89,7 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        cp_comm_type="p2p",  # keys and values go round; all-to-all would split the few key-value heads once more
         sequence_parallel=layout.sequence,
         pipeline_dtype=settings.dtype,
         params_dtype=settings.dtype,
@@ -254,14 +255,19 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
     return VocabShard(group, layout.tensor_rank * size, size, shape.vocab_size, cuts)
 
 
-def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1]), padding included."""
+def packed_params(cu_seqlens: Tensor, max_seqlen: int, *, context: int) -> PackedSeqParams:
+    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1]) of whole sequences.
+
+    Context-parallel ranks need sequences of equal chunks: padding is part of its sequence, and as it comes last nothing
+    attends to it. Transformer Engine is told of no padding otherwise, or it would refuse Flash Attention.
+    """
+    padded = cu_seqlens if context > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,  # padding is part of its sequence: it comes last, so nothing attends to it
-        cu_seqlens_kv_padded=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )

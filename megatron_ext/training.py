@@ -76,7 +76,7 @@ def run_schedule(
             batch.token_ids[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen),
+            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, context=layout.context),
         )
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:

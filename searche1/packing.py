@@ -76,6 +76,11 @@ def sharing_of(layout: Layout) -> Sharing:
     return Sharing(layout.tensor if layout.sequence else 1, layout.context, layout.context_rank)
 
 
+def padded_length(length: int, sharing: Sharing) -> int:
+    """Tokens of a pack that holds one sequence of this length."""
+    return -(-length // sharing.pack_multiple) * sharing.pack_multiple
+
+
 ALONE = Sharing()
 
 

@@ -28,7 +28,7 @@ from searche1.config import Config
 from searche1.data import load_questions
 from searche1.engines import Engines, places_of
 from searche1.metrics import MetricsLog
-from searche1.packing import Sample, make_batches, row_weights, sharing_of
+from searche1.packing import Sample, make_batches, padded_length, row_weights, sharing_of
 from searche1.planner.fit import WITHOUT_GPU, fit_to_gpu, leaves_open, with_train
 from searche1.planner.hardware import GPUS, Assumptions, Cluster
 from searche1.policy import Policy, check_model, read_shape, resolve_model, train_dtype
@@ -74,7 +74,7 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
                     "tools/build_index.py, or the address of a running retriever as retriever.url"
                 )
     longest = config.rollout.max_start_tokens + config.rollout.max_context_tokens
-    if longest > config.train.max_tokens:
+    if padded_length(longest, sharing_of(layout)) > config.train.max_tokens:
         raise UserError(
             f"a trajectory may have {longest} tokens (rollout.max_start_tokens + rollout.max_context_tokens) but "
             f"train.max_tokens={config.train.max_tokens} is the memory budget of a micro-batch; raise it or lower them"
@@ -248,13 +248,14 @@ class Session:
         if not self._probe_ids:
             return []
         samples = [Sample(x[:1], x[1:], (True,) * (len(x) - 1)) for x in self._probe_ids]
+        sharing = sharing_of(self.layout)
         batches = make_batches(
             samples,
             row_weights(samples, "token_mean"),
-            max_tokens=max(self.config.train.max_tokens, *(s.num_inputs for s in samples)),
+            max_tokens=max(self.config.train.max_tokens, *(padded_length(s.num_inputs, sharing) for s in samples)),
             rank=0,
             num_ranks=1,
-            sharing=sharing_of(self.layout),
+            sharing=sharing,
         )
         return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
 

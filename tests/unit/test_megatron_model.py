@@ -8,14 +8,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, make_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GemmaConfig
 
+from megatron_ext.flops import head_flops, layer_flops
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import close_parallel, init_parallel
 from searche1.config import TrainConfig
 from searche1.packing import Sample, Sharing, make_batches, pack, row_weights
-from searche1.policy import Policy, resolve_model, train_dtype
+from searche1.policy import Policy, read_shape, resolve_model, train_dtype
 from searche1.types import UserError
 
 TRAIN = TrainConfig(max_tokens=64, logits_chunk=8)
@@ -81,7 +83,8 @@ def likelihood_loss(policy, packed, *, scale=1.0):
             return -(packed[index].weights[rows] * found.logprobs).sum() * scale
 
         value, found = policy.token_loss(hidden, packed[index].targets, row_loss, temperature=1.0)
-        return value, {"loss": value.detach(), "logprob_max": found.logprobs.max()}
+        highest = max(found.logprobs, default=hidden.new_tensor(-100.0))  # an empty micro-batch has none
+        return value, {"loss": value.detach(), "logprob_max": highest}
 
     return loss
 
@@ -196,6 +199,8 @@ def test_a_layout_that_cannot_hold_the_model_is_told_which_size_to_change(tiny_q
 def test_too_few_processes_for_the_layout_are_told_how_many_to_start():
     with pytest.raises(ValueError, match="1 processes cannot hold tensor-parallel 2 x pipeline-parallel 1"):
         init_parallel(tensor=2, pipeline=1, sequence=False, device="cpu")
+    with pytest.raises(ValueError, match="x context-parallel 3; start a multiple of 3 processes"):
+        init_parallel(tensor=1, pipeline=1, context=3, sequence=False, device="cpu")
 
 
 def test_sequence_parallelism_without_tensor_parallelism_is_refused():
@@ -288,6 +293,49 @@ def test_splitting_a_mini_batch_into_micro_batches_changes_neither_loss_nor_grad
     assert len(batches(max_tokens=20)) > len(batches()) == 1
     whole, split = (update(make_policy(), max_tokens=tokens) for tokens in (64, 20))
     assert split == pytest.approx(whole, rel=1e-5)
+
+
+def test_any_packing_over_any_number_of_data_ranks_gives_the_same_loss_and_gradient(make_policy):
+    """The sum over ranks, which the trainer takes by a collective, is taken here one rank after another."""
+    members = [*samples(0), *samples(1), *samples(2)]
+    weights = row_weights(members, "sequence_mean")
+
+    def summed(*, max_tokens, num_ranks):
+        policy = make_policy(optimizer=replace(ADAM, grad_clip=1e9))
+        packed = [
+            batch
+            for rank in range(num_ranks)
+            for batch in make_batches(
+                members, weights, max_tokens=max_tokens, rank=rank, num_ranks=num_ranks, attention_cost=0.01
+            )
+        ]
+        metrics = policy.train_step(packed, likelihood_loss(policy, packed), lr=1e-3)
+        return len(packed), metrics["loss"], torch.cat([p.main_grad.flatten() for p in policy._model.parameters()])
+
+    _, loss, gradient = summed(max_tokens=1000, num_ranks=1)
+    assert gradient.norm() > 0.1
+    for max_tokens, num_ranks in ((1000, 3), (40, 1), (40, 5), (20, 2), (20, 16)):
+        number, found, its_gradient = summed(max_tokens=max_tokens, num_ranks=num_ranks)
+        assert number >= num_ranks
+        assert found == pytest.approx(loss, rel=1e-6)
+        assert (its_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_flops_of_a_model_are_what_torch_counts_in_transformers(family, tmp_path):
+    folder = make_model(tmp_path / "model", family, tied=False)
+    shape = read_shape(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    for length in (5, 23):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, length, dtype=torch.int64))
+        products = counter.flop_counts["Global"][torch.ops.aten.bmm]  # attention, without leaving out the future
+        rotary = 2 * length * shape.head_dim // 2
+        linears = layer_flops(shape, length, 0) + head_flops(shape, length)
+        assert counter.get_total_flops() - products == pytest.approx(
+            linears, rel=0.02
+        )  # norms and biases are no products
+        assert products - rotary == 2 * (layer_flops(shape, length, length) - layer_flops(shape, length, 0))
 
 
 def test_an_empty_micro_batch_adds_nothing_to_an_update(make_policy):
