@@ -55,7 +55,8 @@ class Engines:
         is_gpu = device.type == "cuda"
         is_shared = {"auto": is_gpu, "always": True, "never": False}[config.train.offload] and not config.engine.urls
         free_bytes = free_gpu_bytes if is_gpu and is_shared else None
-        free_before = free_bytes() if free_bytes else 0
+        # Together, because a lead starts its engine on the GPUs of other ranks too.
+        free_before = ranks.everywhere(lambda: free_bytes() if free_bytes else 0)[ranks.rank]
         places = places_of(config, device=device.type, world_size=ranks.world_size)
         self._led: dict[int, Engine] = {}
         host = own_address()
@@ -171,5 +172,6 @@ class Engines:
 
 def free_gpu_bytes() -> int:
     """Memory of this rank's GPU that any process could take."""
+    torch.cuda.ipc_collect()  # buckets that engines have let go of
     torch.cuda.empty_cache()  # what the allocator keeps for itself is free to others only then
     return torch.cuda.mem_get_info()[0]

@@ -337,8 +337,9 @@ class Policy:
 
     def to_device(self) -> None:
         """Brings back what is on the host; training and forward passes need all of it."""
-        for offload in self._on_host.values():
-            offload.back()
+        with out_of_memory_told(self._train):
+            for offload in self._on_host.values():
+                offload.back()
 
     def _offload(self, what: str, tensors: Sequence[Tensor], *, keep: bool = True) -> int:
         known = self._on_host.get(what)
