@@ -160,10 +160,14 @@ if ! is_stamped "$packages_line" || ! is_stamped "$project_line" || ! [ -x "$ven
     fi
     mkdir -p "$venv"
     exec 9>>"$stamp"
-    flock -n 9 || {
+    locked=0
+    flock -n -E 10 9 2>/dev/null || locked=$?
+    if [ $locked = 10 ]; then
         say "another shell is installing into $venv; waiting for it"
         flock 9
-    }
+    elif [ $locked != 0 ]; then # some networked disks know no locks
+        say "the disk of $venv knows no locks: see that no other shell or node installs into it now"
+    fi
     if ! is_stamped "$packages_line" || ! [ -x "$venv/bin/python" ]; then
         : >"$stamp"
         install_packages

@@ -26,10 +26,12 @@ the NCCL variables of a cluster. SEARCHE1_* of scripts/env.sh work as ever.
 END
 }
 refuse() {
-    echo "launch.sh: $1" >&2
+    echo "launch.sh: $*" >&2
     exit 2
 }
+warn() { echo "launch.sh: $*" >&2; }
 is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+is_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; } # something listens on this port
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 made_for=1 mode=run config="" settings=()
@@ -58,11 +60,14 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ -z "$config" ] && [ $mode != check ]; then refuse "which config? For example configs/qwen2.5-3b.yaml"; fi
-# Without Slurm, a node that was told nothing about others is alone.
-nodes=${NODES:-${SLURM_NNODES:-}}
+# Slurm counts the nodes of this step, or of the job. Without it, a node that was told nothing about others is alone.
+nodes=${NODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-}}}
+if [ -z "$nodes" ] && [ -n "${NODE_RANK:-}" ]; then
+    refuse "NODE_RANK=$NODE_RANK numbers one node of several, but NODES does not say of how many; set it too"
+fi
 if [ -z "$nodes" ] && [ "$made_for" -gt 1 ]; then
     refuse "$config is made for $made_for nodes. Start it on each of them, with their numbers from 0:
-  NODES=$made_for NODE_RANK=0 MASTER_ADDR=<address of node 0> bash $0 ...
+  NODES=$made_for NODE_RANK=0 MASTER_ADDR=<address of node 0> bash scripts/launch.sh $config
 or once under Slurm: sbatch --nodes $made_for scripts/slurm/cycle.sbatch $config. NODES=1 tries it on this node alone;
 searche1 plan says what fits"
 fi
@@ -74,6 +79,13 @@ done
 rendezvous=(--standalone)
 node_rank=0
 if [ "$nodes" -gt 1 ]; then
+    # The shell of a batch job is on its first node only, and has the job's variables without a step's.
+    if [ -z "${NODE_RANK:-}" ] && [ -n "${SLURM_NODEID:-}" ] && [ -z "${SLURM_STEP_NUM_NODES:-}" ]; then
+        refuse "this job has $nodes nodes, of which only this one would start; put srun --ntasks-per-node=1 before bash"
+    fi
+    if [ -z "${NODE_RANK:-}" ] && [ "${SLURM_LOCALID:-0}" != 0 ]; then
+        refuse "srun started several tasks on this node; give it --ntasks-per-node=1, torchrun starts a process a GPU"
+    fi
     node_rank=${NODE_RANK:-${SLURM_NODEID:-}}
     if [ -z "$node_rank" ]; then refuse "NODES=$nodes needs NODE_RANK, this node's number: 0 to $((nodes - 1))"; fi
     if ! is_number "$node_rank" || [ "$node_rank" -ge "$nodes" ]; then
@@ -98,7 +110,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron'
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 program=(searche1 cycle --config "$config" ${settings[@]+"${settings[@]}"})
-if [ $mode = check ]; then program=(searche1.cluster_check ${settings[@]+"${settings[@]}"}); fi
+if [ $mode = check ]; then program=(searche1.cluster_check ${config:+--config "$config"} ${settings[@]+"${settings[@]}"}); fi
 command=(torchrun "${rendezvous[@]}" --nproc-per-node "$gpus" -m "${program[@]}")
 if [ $mode = dry-run ]; then
     for name in CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG; do echo "$name=${!name}"; done
@@ -106,6 +118,28 @@ if [ $mode = dry-run ]; then
     exit 0
 fi
 
+# What would end in a stack trace on some rank, or in minutes of waiting.
+if [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && command -v nvidia-smi >/dev/null; then
+    seen=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then seen=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true); fi
+    if [ "$seen" -gt 0 ] && [ "$seen" -lt "$gpus" ]; then
+        refuse "GPUS=$gpus processes want a GPU each, but $(hostname) has $seen to use; set GPUS=$seen, or look at" \
+            "nvidia-smi -L and CUDA_VISIBLE_DEVICES"
+    fi
+fi
+if [ "$nodes" -gt 1 ]; then
+    if [ "$node_rank" = 0 ] && is_taken "$port"; then
+        refuse "port $port of this node is taken, perhaps by an earlier run; end that, or set MASTER_PORT on all nodes"
+    fi
+    if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [[ $(getent ahostsv4 "$(hostname)" 2>/dev/null | head -n 1) = 127.* ]]; then
+        case $address in
+        127.* | localhost) ;;
+        *) warn "$(hostname) is a loopback address in /etc/hosts, and gloo would tell that to the other nodes; if ranks" \
+            "do not meet, set GLOO_SOCKET_IFNAME to the interface that leads to them" ;;
+        esac
+    fi
+    warn "node $node_rank of $nodes, $gpus processes; all meet at $address:$port, and wait 10 minutes for the last"
+fi
 cd "$root"
 if [ "$node_rank" != 0 ]; then export SEARCHE1_WAIT=1; fi # node 0 makes the environment on the shared disk
 # shellcheck source=scripts/env.sh

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Two cycles of Search-E1 with Qwen2.5-72B-Instruct on eight nodes of eight GPUs; arguments are launch.sh's, among them settings (key=value).
+# Two cycles of Search-E1 with Qwen2.5-72B-Instruct on eight nodes of eight GPUs;
+# arguments are those of launch.sh, among them settings (key=value).
 exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" --nodes 8 configs/qwen2.5-72b.yaml "$@"

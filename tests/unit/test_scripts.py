@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> subprocess.Completed
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SEARCHE1_", "OMP_", "NCCL_", "CUDA_", "SLURM_", "MASTER_", "PYTORCH_"))
+        and name not in ("NODES", "NODE_RANK", "GPUS")
     }
     env = {**inherited, **variables}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
@@ -244,6 +247,13 @@ def test_two_shells_at_once_install_once(checkout: Checkout):
     assert checkout.calls() == ["venv", "torch", "packages", "project"]
 
 
+def test_a_disk_without_locks_is_told_and_used(checkout: Checkout):
+    checkout.program("flock", "#!/bin/sh\necho 'flock: 9: No locks available' >&2\nexit 71\n")
+    result = checkout.make_env()
+    assert result.returncode == 0 and "knows no locks" in result.stderr and "No locks available" not in result.stderr
+    assert checkout.calls() == ["venv", "torch", "packages", "project"]
+
+
 def test_sourcing_activates_and_keeps_a_chosen_number_of_threads(checkout: Checkout):
     command = f'source "{checkout.root}/scripts/env.sh" && command -v searche1 && echo "$OMP_NUM_THREADS"'
     assert checkout.run("bash", "-c", command).stdout.splitlines() == [f"{checkout.venv}/bin/searche1", "1"]
@@ -278,6 +288,13 @@ def launch(checkout: Checkout, *arguments: str, script: str = "launch.sh", **var
     return checkout.run("bash", str(checkout.root / "scripts" / script), *arguments, **variables)
 
 
+def torchrun(checkout: Checkout, body: str) -> None:
+    """Puts a torchrun into the environment that does no more than `body`."""
+    path = checkout.venv / "bin" / "torchrun"
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize("size", CYCLES)
 def test_every_cycle_starts_its_config_on_its_number_of_nodes(size: str, checkout: Checkout):
     nodes = CYCLES[size]
@@ -302,10 +319,17 @@ def test_a_config_for_two_nodes_on_one_says_how_to_start_it(checkout: Checkout):
 
 def test_slurm_says_where_a_node_is(checkout: Checkout):
     checkout.program("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"\n')
-    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]"}
-    result = launch(checkout, "--dry-run", script="run_7b_cycle.sh", **slurm)
+    job = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[3-4]", "SLURM_LOCALID": "0"}
+    result = launch(checkout, "--dry-run", script="run_7b_cycle.sh", SLURM_STEP_NUM_NODES="2", **job)
     expected = "--nnodes 2 --node-rank 1 --master-addr gpu3 --master-port 29500 --max-restarts 0 --nproc-per-node 8"
     assert expected in result.stdout
+    batch_shell = launch(checkout, script="run_7b_cycle.sh", **job)
+    assert batch_shell.returncode == 2 and "srun --ntasks-per-node=1" in batch_shell.stderr
+    two_tasks = launch(checkout, script="run_7b_cycle.sh", **job | {"SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"})
+    assert two_tasks.returncode == 2 and "several tasks on this node" in two_tasks.stderr
+    by_hand = {"NODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "1234"}
+    result = launch(checkout, "--dry-run", script="run_7b_cycle.sh", SLURM_STEP_NUM_NODES="2", **job, **by_hand)
+    assert "--nnodes 3 --node-rank 2 --master-addr 10.0.0.9 --master-port 1234" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -315,6 +339,7 @@ def test_slurm_says_where_a_node_is(checkout: Checkout):
         ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 must be a number from 0 to 1"),
         ({"NODES": "2", "NODE_RANK": "0"}, "NODES=2 needs MASTER_ADDR"),
         ({"NODES": "two"}, "NODES=two must be a whole number"),
+        ({"NODE_RANK": "1"}, "NODES does not say of how many"),
         ({"GPUS": "0"}, "GPUS=0 must be a whole number above 0"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "cannot be handed to an engine"),
     ],
@@ -323,6 +348,36 @@ def test_a_place_that_makes_no_sense_is_told_before_anything_is_made(variables, 
     result = launch(checkout, "configs/qwen2.5-3b.yaml", **variables)
     assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
     assert checkout.calls() == []
+
+
+def test_fewer_gpus_than_processes_are_told_before_anything_is_made(checkout: Checkout):
+    checkout.program("nvidia-smi", '#!/bin/sh\nfor gpu in 0 1 2 3; do echo "GPU $gpu: a card"; done\n')
+    result = launch(checkout, "configs/qwen2.5-3b.yaml")
+    assert result.returncode == 2 and "has 4 to use; set GPUS=4" in result.stderr
+    hidden = launch(checkout, "configs/qwen2.5-3b.yaml", GPUS="4", CUDA_VISIBLE_DEVICES="0,2")
+    assert hidden.returncode == 2 and "has 2 to use; set GPUS=2" in hidden.stderr
+    assert checkout.calls() == []
+
+
+def test_a_taken_port_is_told_on_the_node_that_needs_it(checkout: Checkout):
+    checkout.make_env()
+    torchrun(checkout, "echo started")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = {"NODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        refused = launch(checkout, "configs/qwen2.5-3b.yaml", NODE_RANK="0", **where)
+        assert refused.returncode == 2 and "is taken" in refused.stderr and "MASTER_PORT" in refused.stderr
+        assert launch(checkout, "configs/qwen2.5-3b.yaml", NODE_RANK="1", **where).stdout == "started\n"
+
+
+def test_ctrl_c_reaches_torchrun_and_its_exit_status_is_the_launchers(checkout: Checkout):
+    checkout.make_env()
+    torchrun(checkout, "trap 'echo stopping; exit 7' INT; echo up; while :; do sleep 0.05; done")
+    command = ["bash", str(checkout.root / "scripts" / "launch.sh"), "configs/qwen2.5-3b.yaml"]
+    env = {**os.environ, "PATH": f"{checkout.fakes}:{os.environ['PATH']}", "SEARCHE1_DEVICE": "cpu"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)  # to the launcher alone: what torchrun gets is what it passes on
+        assert process.communicate(timeout=30)[0] == "stopping\n" and process.returncode == 7
 
 
 def test_a_users_own_variable_wins(checkout: Checkout):
@@ -340,9 +395,7 @@ def test_other_nodes_wait_for_the_environment_of_node_0(checkout: Checkout):
     """They make nothing; what they wait for is there already here."""
     assert checkout.make_env().returncode == 0
     checkout.calls()
-    torchrun = checkout.venv / "bin" / "torchrun"
-    torchrun.write_text('#!/bin/sh\necho "wait=$SEARCHE1_WAIT" "$@"\n')
-    torchrun.chmod(0o755)
+    torchrun(checkout, 'echo "wait=$SEARCHE1_WAIT" "$@"')
     where = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "GPUS": "1"}
     result = launch(checkout, "configs/quickstart.yaml", **where)
     assert result.returncode == 0 and result.stdout.startswith("wait=1 --nnodes 2 --node-rank 1"), result.stderr
