@@ -1,10 +1,11 @@
 """Is the cluster set up? All ranks of a job meet, compare what they have and send messages: `launch.sh --check`.
 
-torchrun ... -m searche1.cluster_check [run.out=DIR]
+torchrun ... -m searche1.cluster_check [--config FILE] [run.out=DIR]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
@@ -128,8 +129,12 @@ def show(found: list[Found], speeds: dict[str, float], console: Console) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when all is well, 1 when something is to be mended, 2 for a mistake in the call."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file whose run.out is looked at")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
     try:
-        config = load_config(None, sys.argv[1:] if arguments is None else arguments)
+        config = load_config(parsed.config, parsed.overrides)
         if "RANK" not in os.environ:
             raise UserError("this looks at a job's ranks: start it with scripts/launch.sh --check, or with torchrun")
     except UserError as error:
