@@ -144,4 +144,14 @@ cd "$root"
 if [ "$node_rank" != 0 ]; then export SEARCHE1_WAIT=1; fi # node 0 makes the environment on the shared disk
 # shellcheck source=scripts/env.sh
 source scripts/env.sh
-exec "${command[@]}"
+# Rank 0 holds a connection for each trajectory under way, and 1,024 open files are what shells often allow.
+most=$(ulimit -Hn)
+if [ "$most" = unlimited ] || [ "$most" -gt 65536 ]; then most=65536; fi
+if [ "$(ulimit -Sn)" != unlimited ] && [ "$(ulimit -Sn)" -lt "$most" ]; then ulimit -Sn "$most"; fi
+if [ $mode != check ]; then exec "${command[@]}"; fi
+# The finding comes with its own status, because torchrun answers a failed rank with a page of text.
+SEARCHE1_CHECK_STATUS=$(mktemp)
+export SEARCHE1_CHECK_STATUS
+trap 'rm -f "$SEARCHE1_CHECK_STATUS"' EXIT
+"${command[@]}"
+exit "$(cat "$SEARCHE1_CHECK_STATUS")"

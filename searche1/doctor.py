@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import resource
 import shutil
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from searche1.runs import gpu_names, memory_bytes, num_cores, package_version
 Level = Literal["ok", "warn", "fail"]
 
 GIB = 2**30
+MIN_OPEN_FILES = 16384  # rank 0 holds a connection for each trajectory under way: 512 for each of 31 engines
 # SGLang releases that were run with this code, and the torch release each of them is built for.
 TORCH_OF_SGLANG = {"0.5.17": "2.11.0", "0.5.21": "2.13.0", "0.5.23": "2.14.1"}
 MEGATRON_CORE = "0.16.1"
@@ -55,6 +58,7 @@ class Machine:
     versions: Mapping[str, str | None]  # by distribution name; None if it is not installed
     torch_error: str  # why torch could not be imported; empty if it could, or is not installed
     driver_gpus: tuple[str, ...]  # as the NVIDIA driver lists them
+    compute_modes: tuple[str, ...]  # of these GPUs, as the driver names them: "Default", "Exclusive_Process", ...
     num_torch_gpus: int  # as torch can use them
     no_native_losses: str  # why the losses' C++ kernels cannot be used; empty if they can
     has_plugin: bool  # SGLang will find the CPU platform
@@ -65,6 +69,8 @@ class Machine:
     shared_memory_bytes: int | None  # size of /dev/shm; None if there is none
     loopback_error: str  # why a local server could not be reached; empty if it could
     is_loopback_proxied: bool  # HTTP requests to 127.0.0.1 would go to a proxy
+    open_files: int  # how many a process may have, once it has asked for as many as it may
+    alloc_conf: str  # settings of torch's GPU memory; empty if there are none
 
     @property
     def has_gpu(self) -> bool:
@@ -86,6 +92,7 @@ def inspect_machine() -> Machine:
         versions=versions,
         torch_error=torch_error,
         driver_gpus=tuple(gpu_names()),
+        compute_modes=_compute_modes(),
         num_torch_gpus=num_torch_gpus,
         no_native_losses=no_native_losses,
         has_plugin=any(plugin.name == PLUGIN_NAME for plugin in plugins),
@@ -96,6 +103,8 @@ def inspect_machine() -> Machine:
         shared_memory_bytes=shutil.disk_usage(shared_memory).total if shared_memory.is_dir() else None,
         loopback_error=_loopback_error(),
         is_loopback_proxied="http" in urllib.request.getproxies() and not urllib.request.proxy_bypass("127.0.0.1"),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        alloc_conf=",".join(filter(None, map(os.environ.get, ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")))),
     )
 
 
@@ -107,6 +116,15 @@ def _ask_torch() -> tuple[str, int, str]:
     except (ImportError, OSError) as error:  # OSError: a shared library of CUDA does not load
         return f"{type(error).__name__}: {error}", 0, "torch cannot be imported"
     return "", torch.cuda.device_count(), native.why_absent() or ""
+
+
+def _compute_modes() -> tuple[str, ...]:
+    command = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(answer.stdout.strip().splitlines())
 
 
 def _loopback_error() -> str:
@@ -125,6 +143,10 @@ def judge(machine: Machine) -> Iterator[Check]:
     yield _faiss(machine)
     yield _plugin(machine)
     yield _gpus(machine)
+    if machine.compute_modes:
+        yield _compute_mode(machine)
+    if machine.alloc_conf:
+        yield _alloc_conf(machine)
     yield _transformer_engine(machine)
     yield _losses(machine)
     yield _threads(machine)
@@ -133,6 +155,8 @@ def judge(machine: Machine) -> Iterator[Check]:
     yield _disk(machine)
     yield _shared_memory(machine)
     yield _loopback(machine)
+    if machine.has_gpu:
+        yield _open_files(machine)
 
 
 def _python(machine: Machine) -> Check:
@@ -204,6 +228,21 @@ def _gpus(machine: Machine) -> Check:
     return Check("GPUs", "ok", "none: runs will be on the CPU")
 
 
+def _compute_mode(machine: Machine) -> Check:
+    found = ", ".join(sorted(set(machine.compute_modes)))
+    if found == "Default":
+        return Check("compute mode", "ok", found)
+    remedy = "sudo nvidia-smi -c DEFAULT: a trainer's rank and an engine share each GPU"
+    return Check("compute mode", "fail", found, remedy)
+
+
+def _alloc_conf(machine: Machine) -> Check:
+    if "expandable_segments:true" not in machine.alloc_conf.lower():
+        return Check("GPU memory settings", "ok", machine.alloc_conf)
+    remedy = "take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF: engines cannot sleep with it"
+    return Check("GPU memory settings", "fail", machine.alloc_conf, remedy)
+
+
 def _transformer_engine(machine: Machine) -> Check:
     found = machine.versions["transformer-engine"]
     if found:
@@ -270,6 +309,15 @@ def _loopback(machine: Machine) -> Check:
         remedy = "export NO_PROXY=127.0.0.1,localhost: requests to the local servers would leave this machine"
         return Check("loopback", "warn", "HTTP requests to 127.0.0.1 go to a proxy", remedy)
     return Check("loopback", "ok", "a server on 127.0.0.1 can be reached")
+
+
+def _open_files(machine: Machine) -> Check:
+    if machine.open_files < 0:  # RLIM_INFINITY
+        return Check("open files", "ok", "no limit")
+    if machine.open_files >= MIN_OPEN_FILES:
+        return Check("open files", "ok", f"up to {machine.open_files}")
+    remedy = f"ask for a limit of {MIN_OPEN_FILES} (nofile): rank 0 holds a connection for each trajectory under way"
+    return Check("open files", "warn", f"up to {machine.open_files}", remedy)
 
 
 def print_doctor(checks: Sequence[Check]) -> int:

@@ -23,6 +23,7 @@ LAPTOP = Machine(
     versions=VERSIONS,
     torch_error="",
     driver_gpus=(),
+    compute_modes=(),
     num_torch_gpus=0,
     no_native_losses="",
     has_plugin=True,
@@ -33,10 +34,14 @@ LAPTOP = Machine(
     shared_memory_bytes=8 * GIB,
     loopback_error="",
     is_loopback_proxied=False,
+    open_files=1024,
+    alloc_conf="",
 )
 GPU_NODE = replace(
     LAPTOP,
     driver_gpus=("NVIDIA H800, 81559 MiB",) * 8,
+    compute_modes=("Default",) * 8,
+    open_files=1048576,
     num_torch_gpus=8,
     omp_num_threads=None,
     versions=VERSIONS | {"torch": "2.13.0", "transformer-engine": "2.9.0"},
@@ -107,6 +112,20 @@ def test_gpus_that_torch_cannot_use_are_a_warning():
 
 def test_transformer_engine_is_optional_on_gpus():
     assert complaints(with_versions(GPU_NODE, transformer_engine=None))["transformer-engine"].level == "warn"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "level"),
+    [
+        ({"compute_modes": ("Default", "Exclusive_Process")}, "compute mode", "fail"),
+        ({"alloc_conf": "max_split_size_mb:128,expandable_segments:True"}, "GPU memory settings", "fail"),
+        ({"open_files": 4096}, "open files", "warn"),
+    ],
+)
+def test_a_gpu_node_on_which_engines_could_not_live_beside_the_trainer_gets_a_complaint(change, name, level):
+    (check,) = complaints(replace(GPU_NODE, **change)).values()
+    assert (check.name, check.level) == (name, level)
+    assert complaints(replace(GPU_NODE, open_files=-1, alloc_conf="max_split_size_mb:128")) == {}
 
 
 def test_losses_in_plain_torch_are_a_warning_on_a_cpu_only():

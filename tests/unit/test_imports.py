@@ -19,7 +19,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"grpo", "opsd"},
     {"session"},
     {"engines"},
-    {"colocation", "sync", "ranks"},
+    {"colocation", "sync", "ranks", "cluster_check"},
     {"evaluate", "report"},
     {"policy", "rollout"},
     {"packing", "prompts", "tags", "rewards", "data", "retrieval", "metrics", "runs", "world", "doctor", "planner"},
