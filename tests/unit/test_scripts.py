@@ -407,6 +407,49 @@ def test_other_nodes_wait_for_the_environment_of_node_0(checkout: Checkout):
     assert checkout.calls() == []
 
 
+@pytest.fixture
+def job(checkout: Checkout) -> dict[str, str]:
+    """A Slurm job's variables on two nodes. Its programs say what they got, then run $FAKE/NAME.body if it is there."""
+    for name in ("srun", "scancel", "scontrol"):
+        body = f'if [ -f "$FAKE/{name}.body" ]; then source "$FAKE/{name}.body"; fi'
+        checkout.program(name, f'#!/usr/bin/env bash\necho "{name} $*"\n{body}\n')
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "4"}
+    return {**variables, "SLURM_SUBMIT_DIR": str(checkout.root)}
+
+
+def test_a_job_starts_a_launcher_on_each_node_with_all_its_cpus(checkout: Checkout, job: dict[str, str]):
+    (checkout.fakes / "srun.body").write_text('echo "$NODES nodes, $GPUS GPUs"; exit 3')
+    result = launch(checkout, "c.yaml", "grpo.steps=2", script="slurm/cycle.sbatch", **job)
+    assert result.stdout.splitlines() == [
+        "srun --kill-on-bad-exit=1 --cpus-per-task=64 bash scripts/launch.sh c.yaml grpo.steps=2",
+        "2 nodes, 4 GPUs",
+    ]
+    assert result.returncode == 3  # and a run that failed is not queued again
+
+
+def test_a_job_whose_time_is_up_stops_its_ranks_and_goes_back_into_the_queue(checkout: Checkout, job: dict[str, str]):
+    # The batch shell is srun's parent. Slurm's INT ends the step, which takes a while.
+    (checkout.fakes / "srun.body").write_text(
+        "kill -USR1 $PPID; until [ -e $FAKE/interrupted ]; do sleep 0.05; done; sleep 0.3; echo stopped; exit 130"
+    )
+    (checkout.fakes / "scancel.body").write_text("touch $FAKE/interrupted")
+    result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", **job)
+    assert result.stdout.splitlines()[1:] == ["scancel --signal=INT 7", "stopped", "scontrol requeue 7"]
+    assert "back into the queue" in result.stderr
+
+
+def test_a_job_waits_for_the_address_of_a_retriever(checkout: Checkout, job: dict[str, str]):
+    checkout.program("sleep", f"#!/bin/sh\necho http://cpu1:8000 >'{checkout.root}/retriever.url'\n")
+    result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", RETRIEVER_FILE="retriever.url", **job)
+    assert result.stdout.endswith("c.yaml retriever.url=http://cpu1:8000\n"), result.stderr
+    assert result.stderr.count("waiting for a retriever") == 1
+
+
+def test_a_job_sent_from_elsewhere_says_where_to_send_it_from(checkout: Checkout, job: dict[str, str]):
+    elsewhere = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", **job | {"SLURM_SUBMIT_DIR": "/"})
+    assert elsewhere.returncode == 2 and elsewhere.stdout == "" and "no checkout" in elsewhere.stderr
+
+
 @pytest.mark.parametrize("name", ["cycle.sbatch", "retriever.sbatch"])
 def test_a_job_file_outside_slurm_says_how_it_is_submitted(name: str, checkout: Checkout):
     result = launch(checkout, "a", "b", "c", script=f"slurm/{name}")
