@@ -60,7 +60,7 @@ class ParallelConfig:
     pipeline: int = 1  # pipeline stages; must divide the number of layers
     context: int = 1  # context-parallel ranks that share every packed sequence; for long teacher prompts
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
-    expert: int = 1  # data-parallel ranks that share the experts of a mixture-of-experts model between them
+    expert: int = 1  # data- and context-parallel ranks that share the experts of a mixture-of-experts model
 
 
 @dataclass(frozen=True)
