@@ -18,7 +18,7 @@ Environment, each with what it is taken from otherwise:
   NODES         number of nodes                Slurm; else 1, which is refused if CONFIG is made for more
   NODE_RANK     this node's number, from 0     Slurm; node 0 runs the retriever and drives the rollouts
   MASTER_ADDR   address of node 0              Slurm's first host
-  MASTER_PORT   a free port there              29500
+  MASTER_PORT   a free port there              Slurm: from the job's number; else 29500
   GPUS          processes of a node, one a GPU 8
 
 Set here unless you have set them: CUDA_DEVICE_MAX_CONNECTIONS=1, NCCL_DEBUG=WARN. docs/launching.md explains these and
@@ -71,7 +71,10 @@ if [ -z "$nodes" ] && [ "$made_for" -gt 1 ]; then
 or once under Slurm: sbatch --nodes $made_for scripts/slurm/cycle.sbatch $config. NODES=1 tries it on this node alone;
 searche1 plan says what fits"
 fi
-nodes=${nodes:-1} gpus=${GPUS:-8} port=${MASTER_PORT:-29500}
+nodes=${nodes:-1} gpus=${GPUS:-8} port=${MASTER_PORT:-}
+if [ -z "$port" ]; then # two jobs may share a node
+    if is_number "${SLURM_JOB_ID:-}"; then port=$((20000 + SLURM_JOB_ID % 10000)); else port=29500; fi
+fi
 for pair in "NODES=$nodes" "GPUS=$gpus" "MASTER_PORT=$port"; do
     if ! is_number "${pair#*=}" || [ "${pair#*=}" = 0 ]; then refuse "$pair must be a whole number above 0"; fi
 done
@@ -93,7 +96,7 @@ if [ "$nodes" -gt 1 ]; then
     fi
     address=${MASTER_ADDR:-}
     if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-        address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        address=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
     fi
     if [ -z "$address" ]; then refuse "NODES=$nodes needs MASTER_ADDR, an address of node 0 that all nodes reach"; fi
     # Numbered nodes instead of torchrun's elastic rendezvous: the node that runs the retriever and drives the rollouts
@@ -119,6 +122,9 @@ if [ $mode = dry-run ]; then
 fi
 
 # What would end in a stack trace on some rank, or in minutes of waiting.
+if [ -z "${GPUS:-}" ] && [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    refuse "nvidia-smi lists no GPU on $(hostname); GPUS=N with SEARCHE1_DEVICE=cpu starts N processes on its CPU"
+fi
 if [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && command -v nvidia-smi >/dev/null; then
     seen=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then seen=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true); fi

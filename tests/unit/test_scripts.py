@@ -363,7 +363,7 @@ def test_a_taken_port_is_told_on_the_node_that_needs_it(checkout: Checkout):
     checkout.make_env()
     torchrun(checkout, "echo started")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        where = {"NODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        where = {"NODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "GPUS": "1"}
         refused = launch(checkout, "configs/qwen2.5-3b.yaml", NODE_RANK="0", **where)
         assert refused.returncode == 2 and "is taken" in refused.stderr and "MASTER_PORT" in refused.stderr
         assert launch(checkout, "configs/qwen2.5-3b.yaml", NODE_RANK="1", **where).stdout == "started\n"
@@ -436,6 +436,24 @@ def test_a_job_whose_time_is_up_stops_its_ranks_and_goes_back_into_the_queue(che
     result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", **job)
     assert result.stdout.splitlines()[1:] == ["scancel --signal=INT 7", "stopped", "scontrol requeue 7"]
     assert "back into the queue" in result.stderr
+
+
+def test_a_job_that_finishes_just_in_time_is_not_queued_again(checkout: Checkout, job: dict[str, str]):
+    (checkout.fakes / "srun.body").write_text("kill -USR1 $PPID; sleep 0.5; exit 0")
+    result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", **job)
+    assert result.returncode == 0 and "scontrol" not in result.stdout
+
+
+def test_a_machine_without_gpus_is_told_how_to_do_without(checkout: Checkout):
+    result = launch(checkout, "configs/qwen2.5-3b.yaml")
+    assert result.returncode == 2 and "SEARCHE1_DEVICE=cpu" in result.stderr and checkout.calls() == []
+
+
+def test_a_step_that_skips_the_jobs_first_node_meets_on_its_own(checkout: Checkout):
+    checkout.program("scontrol", '#!/bin/sh\n[ "$*" = "show hostnames n[2-3]" ] && printf "n2\\nn3\\n"\n')
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "n[2-3]", "SLURM_JOB_ID": "123456"}
+    result = launch(checkout, "--dry-run", "configs/qwen2.5-3b.yaml", SLURM_JOB_NODELIST="n[1-3]", **step)
+    assert "--master-addr n2 --master-port 23456 " in result.stdout, result.stderr
 
 
 def test_a_job_waits_for_the_address_of_a_retriever(checkout: Checkout, job: dict[str, str]):
