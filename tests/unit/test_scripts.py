@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -461,6 +462,31 @@ def test_a_job_waits_for_the_address_of_a_retriever(checkout: Checkout, job: dic
     result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", RETRIEVER_FILE="retriever.url", **job)
     assert result.stdout.endswith("c.yaml retriever.url=http://cpu1:8000\n"), result.stderr
     assert result.stderr.count("waiting for a retriever") == 1
+
+
+def test_the_retrievers_address_is_in_its_file_while_it_answers(checkout: Checkout, job: dict[str, str]):
+    checkout.make_env()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    (checkout.root / "health").touch()
+    retriever = checkout.venv / "bin" / "searche1"
+    retriever.write_text(f'#!/bin/sh\necho "$*" >&2\nexec python3 -m http.server {port} --bind 127.0.0.1\n')
+    url_file = checkout.root / "runs" / "retriever.url"
+    url_file.parent.mkdir()
+    url_file.write_text("http://gone:8000\n")  # of a job that was killed
+    command = ["bash", str(checkout.root / "scripts" / "slurm" / "retriever.sbatch"), "corpus", "index", str(url_file)]
+    env = {**os.environ, **job, "PATH": f"{checkout.fakes}:{os.environ['PATH']}", "PORT": port, "SEARCHE1_VENV": ""}
+    with subprocess.Popen([*command, "--topk", "5"], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        asked = process.stderr.readline()
+        assert asked == f"retriever --corpus corpus --index index --host 0.0.0.0 --port {port} --threads 0 --topk 5\n"
+        while not url_file.exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        assert url_file.read_text().strip().endswith(f":{port}") and "gone" not in url_file.read_text()
+        process.terminate()  # as Slurm does when the time is up
+        process.wait(timeout=30)
+    assert not url_file.exists()
 
 
 def test_a_job_sent_from_elsewhere_says_where_to_send_it_from(checkout: Checkout, job: dict[str, str]):
