@@ -15,7 +15,9 @@ from searche1.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C."""
+    """Run a subcommand; returns the exit code: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 1 when
+    another rank has gone.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     if arguments[:1] == ["retriever"]:  # its server has a parser of its own
@@ -43,6 +45,13 @@ def _guarded(command: Callable[[], int | None]) -> int:
         else:
             time.sleep(2)  # torchrun ends all ranks when one ends: let rank 0 speak first
         return 2
+    except RuntimeError as error:
+        if not ("gloo" in str(error) and "by peer" in str(error)):
+            raise
+        # What gloo says when the process at the other end is gone; why it went, it has said itself.
+        where = os.environ.get("RANK", "0")
+        print(f"searche1: error on rank {where}: another rank has ended; see what it said", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if is_speaker:
             print("\nsearche1: stopped; the same command continues from the last finished piece", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What one rank finds out, all ranks know; and a rank that hangs is found out too."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,38 @@ def test_a_silent_rank_0_is_told_and_not_waited_for(tmp_path):
     assert result.returncode != 0
     assert "1 hang rank 0 has made no progress for 2 s" in result.stdout
     assert "0 hang" not in result.stdout
+
+
+LONELY = """
+import os, sys
+from megatron_ext.parallel import init_parallel
+from searche1.cli import _guarded
+from searche1.ranks import Ranks
+
+ranks = Ranks(init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu"), timeout_s=60.0)
+ranks.everywhere(lambda: 1)
+if ranks.rank == 1:
+    os._exit(5)
+os._exit(_guarded(lambda: [ranks.everywhere(lambda: 1) for _ in range(100)] and None))
+"""
+
+
+def test_a_rank_whose_neighbour_is_gone_says_so_without_a_stack_trace(tmp_path):
+    """Without torchrun, which would end it first; on another node it does not."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "lonely.py").write_text(LONELY)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "lonely.py")],
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 5], told
+    assert "error on rank 0: another rank has ended; see what it said" in told[0] and "Traceback" not in told[0]
