@@ -21,5 +21,5 @@ esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/env.sh
 source scripts/env.sh
-if [ $# = 0 ]; then set -- -n 2 --dist loadfile; fi # two at a time; a file stays in one process
+if [ $# = 0 ]; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi # a file in one process
 exec python -m pytest "$@"
