@@ -306,53 +306,6 @@ def _joined_a(shape: ModelShape, sizes: ParallelSizes) -> float:
     return attention if shape.num_experts else attention + 2 * shape.hidden_size + shape.ffn_size / sizes.tensor
 
 
-def choose_recompute(
-    shape: ModelShape,
-    sizes: ParallelSizes,
-    *,
-    tokens: int,
-    budget_bytes: float,
-    dtype_bytes: int = 2,
-    lora_rank: int = 0,
-    stage: int = 0,
-) -> str:
-    """The recompute mode that repeats least among those whose activations fit. Raises ValueError if none does.
-
-    Args:
-        tokens: of a micro-batch.
-        budget_bytes: what is free for activations on the GPU.
-    """
-    least = 0
-    for mode in RECOMPUTE_MODES:
-        settings = TrainingPass(mode, dtype_bytes, lora_rank)
-        least = activation_bytes(shape, sizes, settings, tokens=tokens, stage=stage).total
-        if least <= budget_bytes:
-            return mode
-    raise ValueError(
-        f"activations of {tokens} tokens take {least / 1e9:.1f} GB even when recomputed, and "
-        f"{budget_bytes / 1e9:.1f} GB are free for them; "
-        "use fewer tokens a micro-batch, or more tensor- or context-parallel ranks"
-    )
-
-
-def largest_micro_batch(
-    shape: ModelShape,
-    sizes: ParallelSizes,
-    *,
-    recompute: str,
-    budget_bytes: float,
-    dtype_bytes: int = 2,
-    lora_rank: int = 0,
-    stage: int = 0,
-) -> int:
-    """The most tokens of a micro-batch whose activations fit into `budget_bytes`; 0 if none do."""
-    settings = TrainingPass(recompute, dtype_bytes, lora_rank)
-    least = activation_bytes(shape, sizes, settings, tokens=0, stage=stage).total
-    unit = 1 << 20  # activations grow linearly
-    slope = (activation_bytes(shape, sizes, settings, tokens=unit, stage=stage).total - least) / unit
-    return max(0, int((budget_bytes - least) / slope))
-
-
 # -- the head -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,7 +69,7 @@ def init_parallel(
 
     Args:
         device: "cpu" or "cuda".
-        timeout_s: how long a collective may wait; ranks idle while rank 0 drives rollouts, so it is long.
+        timeout_s: how long a collective may wait for its last rank.
     Raises:
         ValueError: the world size is no multiple of tensor x pipeline x context, expert does not divide the number of
             replicas (data x context), or sequence is asked without tensor.
@@ -108,7 +109,7 @@ def init_parallel(
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         create_gloo_process_groups=True,  # the sharded optimizer gathers its state on the host
-        distributed_timeout_minutes=int(timeout_s / 60),
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     if device == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(0)

@@ -143,7 +143,7 @@ is_stamped() { grep -qxF "$1" "$stamp" 2>/dev/null; }
 
 if [ "${SEARCHE1_WAIT:-}" = 1 ]; then
     waited=0
-    until is_stamped "$packages_line" && is_stamped "$project_line" && [ -x "$venv/bin/python" ]; do
+    until is_stamped "$packages_line" && is_stamped "$project_line"; do
         if [ $waited = 0 ]; then say "waiting for node 0 to make the environment in $venv"; fi
         if [ $waited -ge 3600 ]; then
             die "node 0 has made no environment in $venv for an hour; is that folder on a disk that all nodes see?"
@@ -151,6 +151,8 @@ if [ "${SEARCHE1_WAIT:-}" = 1 ]; then
         sleep 5
         waited=$((waited + 5))
     done
+    [ -x "$venv/bin/python" ] || die "node 0 has made the environment, but its Python, $(readlink "$venv/bin/python")," \
+        "is not on this node; install it here too, or set SEARCHE1_PYTHON to one on the shared disk before node 0 starts"
 fi
 
 if ! is_stamped "$packages_line" || ! is_stamped "$project_line" || ! [ -x "$venv/bin/python" ]; then

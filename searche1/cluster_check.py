@@ -241,7 +241,8 @@ def _take_gpu(local_rank: int, *, ranks_per_node: int) -> None:
 def _meet() -> None:
     """Join gloo. Raises UserError if the others do not come."""
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
+        # Longer than what it has to outlast, NCCL's failure on some ranks only.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=3 * TIMEOUT_S))
     except RuntimeError as error:  # what torch raises of stores and connections
         rank, ranks, node = os.environ["RANK"], os.environ["WORLD_SIZE"], socket.gethostname()
         raise UserError(
@@ -302,7 +303,11 @@ def _speeds(backends: Sequence[str]) -> tuple[dict[str, float], list[str]]:
                 raise UserError(f"an all-reduce over gloo failed on {reason}; see what the other nodes say")
             continue
         reasons = [reason] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
+        try:
+            dist.all_gather_object(reasons, reason)
+        except RuntimeError as error:
+            here = f"{socket.gethostname()}: {reason or 'no answer from others'}"
+            raise UserError(f"an all-reduce over {backend} did not end on all ranks ({here})") from error
         if any(reasons):
             speeds.pop(backend, None)
             failures.append(

@@ -8,12 +8,13 @@
     TRAIN -> SYNC: optimizer state and gradients to the host, engine weights awake
     SYNC -> ROLLOUT: trainer's weights to the host, cache awake
 
-After each hand-over somebody needs the memory, so what came free is measured, not believed.
+Somebody needs the memory next, so what engines and trainer give is measured, not believed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any
@@ -26,6 +27,11 @@ GIB = 1 << 30
 KEPT_BY_A_SLEEPER = 6 * GIB  # CUDA context, kernels, graphs and communication buffers of an engine
 MEASUREMENT_SLACK = GIB // 4  # the driver hands memory out in pieces, and other processes take some
 SHARE_THAT_MUST_COME_FREE = 0.9
+LOOK_EVERY_S, MOST_LOOKS = 0.1, 100
+REMEDY = {
+    CACHE: "lower engine.mem_fraction",
+    WEIGHTS: "spread engines with engine.tensor or the trainer with parallel.tensor, or lower engine.sync_bucket_mb",
+}
 
 
 class Phase(Enum):
@@ -97,12 +103,14 @@ class Colocation:
         if not self._is_on:
             yield
             return
-        if self.phase is Phase.SYNC:
-            self.to(Phase.TRAIN, policy)
+        if self.phase is Phase.SYNC:  # the trainer comes back below, when the new engine sleeps too
+            self._sleep(WEIGHTS)
+            self.phase = Phase.TRAIN
 
         def trainer_to_host() -> None:
             policy.optimizer_to_host()
             policy.weights_to_host()
+            self._free()  # to the driver too: torch would keep the memory for itself
 
         self._together(trainer_to_host)
         yield
@@ -119,7 +127,7 @@ class Colocation:
     # -- steps ------------------------------------------------------------------------------------
 
     def _sleep(self, part: str, numbers: Iterable[int] | None = None) -> None:
-        before = self._free()
+        before = self._measured()
 
         def sleep() -> None:
             for number in self._engines if numbers is None else numbers:
@@ -127,7 +135,28 @@ class Colocation:
                     self._engines[number].sleep(part)
 
         self._together(sleep)
-        self._freed[part] = max(self._freed.get(part, 0), self._free() - before)
+        self._freed[part] = max(self._freed.get(part, 0), self._settled() - before)
+
+    def _measured(self) -> int:
+        """Free memory before anybody acts: an engine's lead acts on the GPUs of other ranks too."""
+        found = 0
+
+        def measure() -> None:
+            nonlocal found
+            found = self._free()
+
+        self._together(measure)
+        return found
+
+    def _settled(self) -> int:
+        """Free memory once it grows no more: the ranks of an engine give theirs back at their own pace."""
+        free = self._free()
+        for _ in range(MOST_LOOKS if self._free_bytes is not None else 0):
+            time.sleep(LOOK_EVERY_S)
+            last, free = free, self._free()
+            if free <= last:
+                break
+        return free
 
     def _check_engines_gave(self) -> None:
         expected = self._taken_by_engines - KEPT_BY_A_SLEEPER
@@ -161,17 +190,20 @@ class Colocation:
         self._together(offload)
 
     def _wake(self, part: str) -> None:
-        def wake() -> None:
+        def check() -> None:
             needed, free = self._freed.get(part, 0), self._free()
             if self._free_bytes is not None and free + MEASUREMENT_SLACK < needed:
                 raise UserError(
                     f"engines need {needed / GIB:.1f} GiB for their {part} again, but {free / GIB:.1f} GiB are free "
-                    "beside the trainer; lower engine.mem_fraction, train.max_tokens or engine.sync_bucket_mb"
+                    f"beside the trainer; {REMEDY[part]}"
                 )
+
+        def wake() -> None:
             for engine in self._engines.values():
                 if not engine.has_stopped():
                     engine.wake(part)
 
+        self._together(check)
         self._together(wake)
 
     def _free(self) -> int:

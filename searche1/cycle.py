@@ -60,7 +60,7 @@ def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> 
         model = session.model_path
         for stage in stages(session):
             model = run_stage(session, stage, model)
-        session.from_writer(lambda: finish(session, model))
+        session.ranks.from_writer(lambda: finish(session, model), beats=True)
 
 
 def check_batch_size(config: Config) -> None:

@@ -78,7 +78,7 @@ class Engines:
 
         ranks.everywhere(start)
         # It starts while the engines load.
-        url = ranks.from_writer(lambda: start_retriever(config, log_dir=directory / "logs", stack=stack))
+        url = ranks.from_writer(lambda: start_retriever(config, log_dir=directory / "logs", stack=stack), beats=True)
         self._wait(list(self._led))
         addresses = ranks.everywhere(lambda: {n: (engine.url, engine.log_path) for n, engine in self._led.items()})
         self._links = [Link(place, self._led.get(place.number)) for place in places]
@@ -105,9 +105,7 @@ class Engines:
     def _wait(self, numbers: list[int]) -> None:
         def wait() -> None:
             for number in numbers:
-                self._led[number].wait_until_ready(
-                    timeout_s=self._config.engine.start_timeout_s, progress=lambda waited: self._ranks.beat()
-                )
+                self._led[number].wait_until_ready(timeout_s=self._config.engine.start_timeout_s)
 
         self._ranks.everywhere(wait)
 

@@ -25,7 +25,7 @@ from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
 from searche1.data import load_questions, read_groups, shuffled, write_groups
 from searche1.evaluate import summarize
 from searche1.metrics import Phases
-from searche1.packing import Sample, make_pair_batches, row_weights, sample_of, sharing_of
+from searche1.packing import Sample, make_pair_batches, padded_length, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.prompts import teacher_prompt
 from searche1.rollout.sampler import Start
@@ -144,7 +144,7 @@ def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, l
         students,
         [pair.teacher for pair in pairs],
         row_weights(students, settings.loss_norm),
-        max_tokens=max(train.max_tokens, settings.max_teacher_tokens),
+        max_tokens=max(train.max_tokens, padded_length(settings.max_teacher_tokens, sharing_of(layout))),
         rank=layout.data_rank,
         num_ranks=layout.data,
         sharing=sharing_of(layout),

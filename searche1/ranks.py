@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_ext.heartbeat import Heartbeat
+from megatron_ext.heartbeat import BEAT_EVERY_S, Heartbeat
 from megatron_ext.parallel import Layout
 from searche1.types import SharedError, UserError
 
@@ -28,15 +30,17 @@ class Ranks:
         if self.is_writer:
             self._heartbeat.beat()
 
-    def from_writer(self, function: Callable[[], T]) -> T:
+    def from_writer(self, function: Callable[[], T], *, beats: bool = False) -> T:
         """The result of `function` on rank 0, on every rank. Collective.
 
-        Its UserError is raised on every rank, as a SharedError. The others wait as long as rank 0 beats.
+        Its UserError is raised on every rank, as a SharedError. The others wait as long as rank 0 beats; `beats` has a
+        thread do so, for work with files and other programs that may take as long as it takes.
         """
         outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
         if self.is_writer:
             try:
-                outcome = [(function(), None)]
+                with self._beating() if beats else contextlib.nullcontext():
+                    outcome = [(function(), None)]
             except UserError as error:
                 outcome = [(None, error)]
         if self.world_size > 1:
@@ -49,6 +53,22 @@ class Ranks:
         if problem is not None:
             raise SharedError(str(problem)) from problem
         return value  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_EVERY_S):
+                self.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _wait(self) -> None:
         try:

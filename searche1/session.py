@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,9 @@ from searche1.types import Group, Question, SharedError, UserError
 
 T = TypeVar("T")
 
+COLLECTIVE_TIMEOUT_S = 4 * 3600.0  # of one message: engines start and slow disks are written meanwhile
+SHARE_OF_GPU = 0.93  # that a plan may fill: the rest is left to the allocator's gaps
+MOST_OPEN_FILES = 65536  # rank 0 holds a connection for every trajectory under way
 MAX_RESTARTS = 3  # of engines in one rollout: a fault that comes back is not mended by another start
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
@@ -119,14 +123,15 @@ class Session:
                 expert=parallel.expert,
                 context=parallel.context,
                 device=device,
-                timeout_s=config.train.timeout_s,
+                timeout_s=max(COLLECTIVE_TIMEOUT_S, config.train.timeout_s),
             )
         except ValueError as error:
             raise SharedError(str(error)) from error
         stack.callback(close_parallel)
         self.ranks = Ranks(self.layout, timeout_s=config.train.timeout_s)
-        self.from_writer(prepare)
-        self.model_path = self.from_writer(lambda: resolve_model(config.model.path))
+        allow_open_files(MOST_OPEN_FILES)
+        self.ranks.from_writer(prepare, beats=True)
+        self.model_path = self.ranks.from_writer(lambda: resolve_model(config.model.path), beats=True)
         settings = config  # as they are given, for the run directory
         if leaves_open(config):
             self.config = config = self._fitted(config)
@@ -160,7 +165,7 @@ class Session:
     def _fitted(self, config: Config) -> Config:
         """With what the config leaves to this GPU's memory, or to a CPU that has enough."""
         if self.layout.device.type == "cuda":
-            memory = float(torch.cuda.get_device_properties(self.layout.device).total_memory)
+            memory = SHARE_OF_GPU * torch.cuda.get_device_properties(self.layout.device).total_memory
             gpu = dataclasses.replace(GPUS["h100"], name="this GPU", memory=memory)
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             cluster = Cluster(gpu, self.layout.world_size // per_node, per_node)
@@ -197,11 +202,16 @@ class Session:
         self, model_path: Path, *, optimizer: OptimizerSettings | None, lora: LoraSettings | None = None
     ) -> Policy:
         """A policy from a HuggingFace folder in this run's layout. Collective."""
+        colocation = self.engines.colocation
+        if colocation.phase is Phase.ROLLOUT and self._synced is not None:
+            self.engines.mend(self._synced[0])  # one that hangs would not give its memory
         self._synced = None
-        self.engines.colocation.to(Phase.TRAIN, None)
+        colocation.to(Phase.TRAIN, None)
         gc.collect()  # the model of the stage before is cyclic garbage, and its memory is needed now
         if self.layout.device.type == "cuda":
             torch.cuda.empty_cache()
+            if hasattr(torch.accelerator, "empty_host_cache"):  # page-locked memory of its offloading
+                torch.accelerator.empty_host_cache()
         elif reason := native.why_absent():
             self.tell(f"  losses run in plain torch, several times slower: {reason} (searche1 doctor has the remedy)")
         return Policy(
@@ -337,6 +347,14 @@ class Session:
             if trajectory.status != "error"
         )
         self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's own limit towards what it may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def engine_cache(config: Config, shape: ModelShape, cluster: Cluster) -> Cache:
     return Cache(
         engines=engine.count or cluster.world // engine.tensor,
         tokens=min(tokens, engine.max_total_tokens or tokens),
-        longest=max(rollout.max_context_tokens, config.opsd.max_teacher_tokens) + rollout.max_response_tokens,
+        longest=max(longest_trajectory(config), config.opsd.max_teacher_tokens) + rollout.max_response_tokens,
         trajectory=longest_trajectory(config),
     )
 

@@ -10,6 +10,7 @@ import atexit
 import base64
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import io
 import json
@@ -142,6 +143,11 @@ class Engine:
         except TimeoutError as error:
             raise EngineLost(f"{self.url} did not complete a turn within {self._request_timeout_s:g} s") from error
         except aiohttp.ClientError as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise UserError(
+                    "this process may not open more connections to engines; raise `ulimit -n` (65536 is enough), or "
+                    "lower rollout.max_in_flight"
+                ) from error
             raise EngineLost(f"{self.url} failed: {type(error).__name__}: {error}\n{self._last_words()}") from error
         if status != 200:
             raise EngineError(f"{self.url} refused a completion with HTTP status {status}: {body[:500]}")

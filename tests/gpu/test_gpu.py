@@ -149,6 +149,11 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
             for mine, theirs in zip(expected, engine.logprobs(ids), strict=True):
                 gap = (torch.tensor(mine) - torch.tensor(theirs[7:])).abs().mean()
                 assert gap < 1e-2
+        colocation.to(Phase.TRAIN, policy)
+        with colocation.room_for_start(policy, [0]):  # an engine that died while the trainer had the GPU
+            engine.restart()
+            engine.wait_until_ready(timeout_s=600)
+        policy.train_step(packed, loss, lr=0.0)
 
 
 def test_the_layer_spec_says_what_it_uses(layout: Layout) -> None:

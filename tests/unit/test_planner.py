@@ -1,7 +1,6 @@
 """What a plan says of memory against what a process really takes, and what it says of layouts against what is built."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -20,9 +19,7 @@ from megatron_ext.memory import (
     ParallelSizes,
     TrainingPass,
     activation_bytes,
-    choose_recompute,
     head_bytes,
-    largest_micro_batch,
     layer_activations,
     lora_parameters,
     model_parameters,
@@ -335,35 +332,7 @@ def test_where_nothing_fits_the_least_is_tried():
     assert (train.recompute, train.max_tokens) == ("full", 6144)
 
 
-# -- choices that the trainer may ask for ---------------------------------------------------------
-
-
-def test_recompute_is_chosen_as_little_as_the_budget_allows():
-    shape, alone = read_shape("Qwen/Qwen2.5-3B-Instruct"), ParallelSizes(8)
-    needs = {
-        mode: activation_bytes(shape, alone, TrainingPass(mode, 2), tokens=16384).total for mode in RECOMPUTE_MODES
-    }
-    assert needs["none"] > needs["selective"] > needs["full"]
-    for mode in RECOMPUTE_MODES:
-        assert choose_recompute(shape, alone, tokens=16384, budget_bytes=needs[mode]) == mode
-    with pytest.raises(ValueError, match="GB are free for them; use fewer tokens"):
-        choose_recompute(shape, alone, tokens=16384, budget_bytes=needs["full"] - 1)
-
-
-@pytest.mark.parametrize("recompute", RECOMPUTE_MODES)
-@pytest.mark.parametrize(
-    "sizes", [ParallelSizes(8), ParallelSizes(8, 2, 2, sequence=True), ParallelSizes(8, context=4)]
-)
-def test_the_largest_micro_batch_fits_and_the_next_one_does_not(sizes, recompute):
-    shape, budget = read_shape("Qwen/Qwen2.5-3B-Instruct"), 20e9
-    settings = TrainingPass(recompute, 2)
-    most = largest_micro_batch(shape, sizes, recompute=recompute, budget_bytes=budget)
-
-    def needed(tokens):
-        return activation_bytes(shape, sizes, settings, tokens=tokens).total
-
-    assert needed(most) <= budget * (1 + 1e-9) < needed(math.ceil(most * 1.001) + 1)
-    assert largest_micro_batch(shape, sizes, recompute=recompute, budget_bytes=0) == 0
+# -- the head -------------------------------------------------------------------------------------
 
 
 def test_the_head_takes_what_docs_losses_says():
