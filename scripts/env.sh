@@ -36,7 +36,8 @@ die() {
     exit 1
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+# No pipe into `grep -q`: it leaves at the first GPU, and nvidia-smi, still talking of the others, would count as failed.
+has_gpu() { command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *"GPU "* ]]; }
 
 find_python() { # $1: wanted version, e.g. 3.11
     local candidate candidates=("python$1" python3 python)

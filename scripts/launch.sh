@@ -122,7 +122,7 @@ if [ $mode = dry-run ]; then
 fi
 
 # What would end in a stack trace on some rank, or in minutes of waiting.
-if [ -z "${GPUS:-}" ] && [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+if [ -z "${GPUS:-}" ] && [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && [[ $(nvidia-smi -L 2>/dev/null) != *"GPU "* ]]; then
     refuse "nvidia-smi lists no GPU on $(hostname); GPUS=N with SEARCHE1_DEVICE=cpu starts N processes on its CPU"
 fi
 if [ "${SEARCHE1_DEVICE:-auto}" != cpu ] && command -v nvidia-smi >/dev/null; then

@@ -91,7 +91,7 @@ def test_a_number_out_of_range_is_refused_with_its_key_and_what_is_needed(overri
     [
         ("opsd.lr_decay=lineer", "constant or linear"),
         ("pairs.text=x", "full or policy"),
-        ("train.recompute=some", "none, selective or full"),
+        ("train.recompute=some", "none, selective, full or auto"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(override, needed):
