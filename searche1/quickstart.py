@@ -61,8 +61,8 @@ def make_world(folder: Path, *, seed: int) -> None:
     """Corpus, questions and FAISS index of the toy world, unless they are there. Atomic."""
     if (folder / "index").is_dir():
         return
-    from searche1.retrieval.encoder import load_encoder
-    from searche1.retrieval.index import build_index
+    from searche1.retrieval.build import Encoding, build_index
+    from searche1.retrieval.recipe import choose_recipe
     from searche1.world import build_world, write_world
 
     if folder.exists() and not folder.is_dir():
@@ -71,13 +71,6 @@ def make_world(folder: Path, *, seed: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     write_world(build_world(seed), partial)
 
-    def progress(done: int, total: int) -> None:
-        print(f"toy world: {done}/{total} passages encoded", flush=True)
-
-    build_index(
-        corpus=partial / "corpus.jsonl",
-        out=partial / "index",
-        encoder=load_encoder("minilm", "cpu"),
-        progress=progress,
-    )
+    print("toy world: encoding its passages", flush=True)
+    build_index(partial / "corpus.jsonl", partial / "index", Encoding(choose_recipe("minilm")))
     partial.rename(folder)

@@ -1,17 +1,25 @@
-"""Corpus, encoder and index: what is built is found again, and what does not belong together is refused."""
+"""Index folders: what is built is found again, in every kind; a stopped build goes on to the same bytes."""
 
-import gzip
+import asyncio
+import hashlib
 import json
-import runpy
-from dataclasses import replace
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 
-from searche1.retrieval.encoder import Encoder, choose_recipe, load_encoder
-from searche1.retrieval.index import Corpus, build_index, check_encoder, load_index, search_passages
+from searche1.retrieval.build import Encoding, build_index
+from searche1.retrieval.index import VectorIndex, exact_neighbours, factory_string, make_index, write_index
+from searche1.retrieval.local import LocalSettings, open_local
+from searche1.retrieval.ranking import merge
+from searche1.retrieval.recipe import choose_recipe
 from searche1.types import UserError
 
 PASSAGES = (
@@ -21,215 +29,301 @@ PASSAGES = (
     '"Mount Everest"\nMount Everest is the highest mountain on Earth, in the Himalayas.',
     '"Saturn"\nSaturn is a gas giant, a planet with prominent rings.',
 )
+QUESTIONS = ["Who discovered radium?", "Which planet has rings?", "Who wrote Faust?"]
 BUILD_INDEX = Path(__file__).parents[2] / "tools" / "build_index.py"
+MINILM = Encoding(choose_recipe("minilm"))
 
 
 def write_corpus(path: Path, passages=PASSAGES) -> Path:
-    rows = "".join(json.dumps({"id": f"p{i}", "contents": text}) + "\n" for i, text in enumerate(passages))
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(rows.encode()))
-    else:
-        path.write_text(rows)
+    path.write_text("".join(json.dumps({"id": f"p{i}", "contents": text}) + "\n" for i, text in enumerate(passages)))
     return path
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Encoder:
-    return load_encoder("minilm", "cpu")
-
-
-@pytest.fixture(scope="module")
-def built(minilm, tmp_path_factory) -> tuple[Path, Path]:
-    """An index folder and its corpus."""
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """A corpus and its index folder."""
     folder = tmp_path_factory.mktemp("built")
     corpus = write_corpus(folder / "corpus.jsonl")
-    build_index(corpus=corpus, out=folder / "index", encoder=minilm)
-    return folder / "index", corpus
+    build_index(corpus, folder / "index", MINILM)
+    return corpus, folder / "index"
 
 
-def test_a_question_finds_its_passage_with_id_contents_and_falling_scores(built, minilm):
-    index = load_index(*built)
-    questions = ["Who discovered radium?", "Which planet has rings?", "Who wrote Faust?"]
-    answers = search_passages(index, minilm, questions, topk=3)
+def search(corpus: Path, index: Path, queries, *, topk: int = 3, **settings):
+    """The answers of a `LocalSearch`, or the UserError of opening it."""
+
+    async def story():
+        local = await open_local(LocalSettings(corpus, index, device="cpu", **settings), observe=lambda *_: None)
+        try:
+            return await local.search(queries, topk=topk)
+        finally:
+            await local.close()
+
+    return asyncio.run(story())
+
+
+def test_a_question_finds_its_passage_with_id_contents_and_falling_scores(built):
+    answers = search(*built, QUESTIONS)
     assert [answer[0].id for answer in answers] == ["p0", "p4", "p2"]
     assert answers[0][0].contents == PASSAGES[0]
     for answer in answers:
         assert [p.score for p in answer] == sorted((p.score for p in answer), reverse=True)
 
 
-def test_vectors_have_length_one_and_keep_the_order_of_the_texts(minilm):
-    texts = [*PASSAGES, "x", "word " * 1000]
-    together = minilm.encode(texts, kind="passage")
-    assert together.dtype == np.float32 and together.shape == (7, 384)
-    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
-    alone = np.concatenate([minilm.encode([text], kind="passage") for text in texts])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert minilm.encode([], kind="query").shape == (0, 384)
+def test_missing_neighbours_are_left_out_and_never_the_last_row(built):
+    answers = search(*built, ["Who wrote Faust?", "rings"], topk=9)
+    assert [sorted(p.id for p in answer) for answer in answers] == [["p0", "p1", "p2", "p3", "p4"]] * 2
 
 
-def test_only_the_first_256_tokens_count(minilm):
-    a, b = minilm.encode(["river " * 254 + "mountain " * 50, "river " * 254 + "planet " * 50], kind="passage")
-    np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_prefixes_are_applied_by_kind(minilm):
-    e5 = load_encoder("minilm", "cpu", style="e5")
-    for kind in ("query", "passage"):
-        plain = minilm.encode([f"{kind}: {PASSAGES[0]}"], kind=kind)
-        np.testing.assert_allclose(e5.encode([PASSAGES[0]], kind=kind), plain, atol=1e-5)
-
-
-def test_cls_pooling_takes_the_first_token(minilm):
-    cls = Encoder(replace(minilm.recipe, pooling="cls"), "cpu")
-    batch = cls._tokenizer([PASSAGES[1]], return_tensors="pt")
-    first = cls._model(**batch).last_hidden_state[0, 0].detach().numpy()
-    np.testing.assert_allclose(cls.encode([PASSAGES[1]], kind="passage")[0], first / np.linalg.norm(first), atol=1e-5)
-
-
-def test_prefixes_are_not_guessed_from_an_encoders_name():
-    with pytest.raises(UserError, match="needs a style"):
-        choose_recipe("intfloat/e5-base-v2")
-    assert choose_recipe("intfloat/e5-base-v2", "e5").passage_prefix == "passage: "
-    with pytest.raises(UserError, match="choose e5, bge or plain"):
-        choose_recipe("minilm", "e6")
-
-
-def test_a_folder_without_an_encoder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot load the encoder"):
-        load_encoder(str(tmp_path), "cpu", style="plain")
+def test_shards_replicas_and_several_encoders_find_what_one_process_finds(built):
+    whole = search(*built, QUESTIONS)
+    split = search(*built, QUESTIONS, shards=2, replicas=2, encoders=2)
+    assert [[p.id for p in answer] for answer in split] == [[p.id for p in answer] for answer in whole]
+    np.testing.assert_allclose(
+        [p.score for answer in split for p in answer], [p.score for answer in whole for p in answer], rtol=1e-5
+    )
 
 
 def test_the_manifest_decides_the_recipe_of_the_search(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    build_index(corpus=corpus, out=tmp_path / "index", encoder=load_encoder("minilm", "cpu", style="e5"))
+    build_index(corpus, tmp_path / "index", Encoding(choose_recipe("minilm", "e5")))
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert manifest["recipe"]["query_prefix"] == "query: " and manifest["recipe"]["pooling"] == "mean"
     assert (manifest["kind"], manifest["dim"], manifest["num_rows"]) == ("Flat", 384, 5)
-    assert load_index(tmp_path / "index", corpus).recipe.passage_prefix == "passage: "
+    assert manifest["versions"]["faiss-cpu"] == faiss.__version__
     with pytest.raises(UserError, match="records the encoder's style"):
-        load_index(tmp_path / "index", corpus, style="plain")
+        search(corpus, tmp_path / "index", QUESTIONS, style="plain")
+    # The right recipe with another model, and a probe that another recipe has made.
+    manifest["recipe"]["passage_prefix"] = ""
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="does not reproduce"):
+        search(corpus, tmp_path / "index", QUESTIONS)
 
 
 def test_an_index_without_its_corpus_is_refused(built, tmp_path):
-    folder, corpus = built
-    with pytest.raises(UserError, match="does not match the corpus"):
-        load_index(folder, write_corpus(tmp_path / "fewer.jsonl", PASSAGES[:4]))
-    with pytest.raises(UserError, match="does not match the corpus"):
-        load_index(folder, write_corpus(tmp_path / "swapped.jsonl", PASSAGES[::-1]))
+    corpus, folder = built
+    for passages in (PASSAGES[:4], PASSAGES[::-1]):
+        with pytest.raises(UserError, match="does not match the corpus"):
+            search(write_corpus(tmp_path / "other.jsonl", passages), folder, QUESTIONS)
     with pytest.raises(UserError, match="corpus not found"):
-        load_index(folder, tmp_path / "nowhere.jsonl")
+        search(tmp_path / "nowhere.jsonl", folder, QUESTIONS)
     with pytest.raises(UserError, match="index not found"):
-        load_index(tmp_path / "nowhere", corpus)
+        search(corpus, tmp_path / "nowhere", QUESTIONS)
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        load_index(tmp_path, corpus)
+        search(corpus, tmp_path, QUESTIONS)
 
 
 def test_a_manifest_that_contradicts_its_vectors_is_refused(built, tmp_path):
-    folder, corpus = built
-    (tmp_path / "index.faiss").write_bytes((folder / "index.faiss").read_bytes())
+    corpus, folder = built
     manifest = json.loads((folder / "manifest.json").read_text())
-    for changes, reason in (({"dim": 768}, "its manifest says 5 of 768"), ({"format": 0}, "format 0"), ({"x": 1}, "x")):
+    fewer = faiss.IndexFlatIP(384)
+    fewer.add(np.zeros((4, 384), dtype=np.float32))
+    faiss.write_index(fewer, str(tmp_path / "index.faiss"))
+    for changes, reason in (({}, "4 vectors but .* 5 rows"), ({"format": 0}, "format 0"), ({"x": 1}, "'x'")):
         (tmp_path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
         with pytest.raises(UserError, match=reason):
-            load_index(tmp_path, corpus)
+            search(corpus, tmp_path, QUESTIONS)
 
 
-def test_a_bare_faiss_file_needs_its_encoder_and_is_checked_against_it(built, minilm):
-    folder, corpus = built
-    bare = folder / "index.faiss"
+def test_a_bare_faiss_file_needs_its_encoder_and_is_checked_against_it(built, tmp_path):
+    corpus, bare = built[0], built[1] / "index.faiss"
     with pytest.raises(UserError, match="say which encoder"):
-        load_index(bare, corpus)
-    index = load_index(bare, corpus, encoder="minilm")
-    check_encoder(index, minilm)
-    assert search_passages(index, minilm, ["Who wrote Faust?"], topk=1)[0][0].id == "p2"
+        search(corpus, bare, QUESTIONS)
+    assert search(corpus, bare, QUESTIONS, encoder="minilm")[2][0].id == "p2"
     with pytest.raises(UserError, match="does not reproduce"):
-        check_encoder(index, load_encoder("minilm", "cpu", style="e5"))
+        search(corpus, bare, QUESTIONS, encoder="minilm", style="e5")
     with pytest.raises(UserError, match="cannot read the FAISS index"):
-        load_index(corpus, corpus, encoder="minilm")
-
-
-def test_a_bare_faiss_file_of_another_corpus_is_refused(built, tmp_path):
+        search(corpus, corpus, QUESTIONS, encoder="minilm")
     with pytest.raises(UserError, match=r"5 vectors but .* has 4 rows"):
-        load_index(built[0] / "index.faiss", write_corpus(tmp_path / "c.jsonl", PASSAGES[:4]), encoder="minilm")
+        search(write_corpus(tmp_path / "c.jsonl", PASSAGES[:4]), bare, QUESTIONS, encoder="minilm")
+    half = tmp_path / "half.index"
+    half.write_bytes(bare.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cannot read the FAISS index"):
+        search(corpus, half, QUESTIONS, encoder="minilm")
 
 
-def test_an_index_of_distances_is_refused(built, tmp_path):
-    distances = faiss.IndexFlatL2(384)
-    distances.add(np.zeros((5, 384), dtype=np.float32))
+def test_an_index_of_distances_is_refused(tmp_path):
+    distances = faiss.IndexFlatL2(4)
+    distances.add(np.zeros((5, 4), dtype=np.float32))
     faiss.write_index(distances, str(tmp_path / "l2.index"))
     with pytest.raises(UserError, match="inner product"):
-        load_index(tmp_path / "l2.index", built[1], encoder="minilm")
+        VectorIndex(tmp_path / "l2.index", shard=(0, 1), device="cpu", effort=0)
 
 
-def test_missing_neighbours_are_left_out_and_never_the_last_row(built, minilm):
-    index = load_index(*built)
-    raw = index.faiss_index.search(minilm.encode(["a"], kind="query"), 9)[1]
-    assert (raw[0, 5:] == -1).all()
-    answers = search_passages(index, minilm, ["Who wrote Faust?", "rings"], topk=9)
-    assert [sorted(p.id for p in answer) for answer in answers] == [["p0", "p1", "p2", "p3", "p4"]] * 2
+def unit_vectors(count: int, *, dim: int = 32, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_an_hnsw_index_finds_what_the_exact_one_finds(built, minilm, tmp_path):
-    folder, corpus = built
-    build_index(corpus=corpus, out=tmp_path / "hnsw", encoder=minilm, kind="HNSW64")
-    approximate = load_index(tmp_path / "hnsw", corpus)
-    check_encoder(approximate, minilm)
-    assert approximate.faiss_index.hnsw.efSearch == 128
-    queries = ["Who discovered radium?", "the highest mountain"]
-    exact = search_passages(load_index(folder, corpus), minilm, queries, topk=3)
-    found = search_passages(approximate, minilm, queries, topk=3)
-    assert [[p.id for p in a] for a in found] == [[p.id for p in a] for a in exact]
+@pytest.fixture(scope="module")
+def neighbours():
+    """Vectors, queries near some of them, and the exact rows."""
+    vectors = unit_vectors(12_000)
+    queries = vectors[:64] + 0.1 * unit_vectors(64, seed=1)
+    return vectors, queries, exact_neighbours(queries, np.array_split(vectors, 7), topk=3)
 
 
-def test_a_compressed_corpus_is_the_same_corpus(built, tmp_path):
-    compressed = Corpus(write_corpus(tmp_path / "corpus.jsonl.gz"))
-    plain = Corpus(built[1])
-    assert [compressed[i] for i in range(len(compressed))] == [plain[i] for i in range(len(plain))]
-    assert len(load_index(built[0], compressed.path).corpus) == 5
+def test_the_exact_neighbours_are_those_of_one_matrix_product(neighbours):
+    vectors, queries, rows = neighbours
+    assert (rows == np.argsort(-queries @ vectors.T, axis=1)[:, :3]).all()
 
 
-def test_a_last_line_without_newline_is_a_row(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text('{"id": 1, "contents": "a"}\n{"id": 2, "contents": "b"}')
-    corpus = Corpus(path)
-    assert [corpus[i] for i in range(len(corpus))] == [("1", "a"), ("2", "b")]
+@pytest.mark.parametrize(("kind", "least"), [("Flat", 1.0), ("SQfp16", 0.99), ("HNSW32", 0.95), ("IVF-PQ", 0.3)])
+def test_every_kind_finds_neighbours_and_opens_mapped(neighbours, tmp_path, kind, least):
+    vectors, queries, rows = neighbours
+    factory = factory_string(kind, num_rows=len(vectors), dim=32)
+    index = make_index(factory, dim=32, training=vectors[:10_000], use_gpu=False)
+    index.add(vectors)
+    write_index(index, tmp_path / "index.faiss")
+    opened = VectorIndex(tmp_path / "index.faiss", shard=(0, 1), device="cpu", effort=0)
+    assert opened.describe() == (12_000, 32)
+    found = opened.search(queries, 3)[1]
+    assert np.mean([len(set(a) & set(b)) / 3 for a, b in zip(rows, found, strict=True)]) >= least
+    assert (opened.search(queries[:1], 5)[1][0, :3] == found[0]).all()
 
 
-@pytest.mark.parametrize(
-    ("second_line", "reason"),
-    [
-        ("{oops", "line 2 is not valid JSON"),
-        ("", "line 2 is not valid JSON"),
-        ('["p1", "x"]', "line 2: needed an object"),
-        ('{"id": "p1", "text": "x"}', "line 2: the key 'contents' is missing; it has"),
-        ('{"contents": "x"}', "line 2: the key 'id' is missing"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line_and_leaves_no_index(tmp_path, minilm, second_line, reason):
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"id": "p0", "contents": "x"}\n' + second_line + "\n")
-    with pytest.raises(UserError, match=reason):
-        build_index(corpus=corpus, out=tmp_path / "index", encoder=minilm)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+def test_effort_widens_the_search(neighbours, tmp_path):
+    vectors, queries, rows = neighbours
+    index = make_index(factory_string("IVF-PQ", num_rows=12_000, dim=32), dim=32, training=vectors, use_gpu=False)
+    index.add(vectors)
+    write_index(index, tmp_path / "ivf")
+
+    def recall(effort: int) -> float:
+        found = VectorIndex(tmp_path / "ivf", shard=(0, 1), device="cpu", effort=effort).search(queries, 3)[1]
+        return float(np.mean([len(set(a) & set(b)) / 3 for a, b in zip(rows, found, strict=True)]))
+
+    assert recall(1) < recall(128)
+    write_index(make_index("Flat", dim=32, training=vectors[:0], use_gpu=False), tmp_path / "flat")
+    with pytest.raises(UserError, match="searched exhaustively"):
+        VectorIndex(tmp_path / "flat", shard=(0, 1), device="cpu", effort=5)
 
 
-def test_an_empty_corpus_a_taken_folder_and_an_unknown_kind_are_refused(built, minilm, tmp_path):
-    folder, corpus = built
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(UserError, match="is empty"):
-        build_index(corpus=tmp_path / "empty.jsonl", out=tmp_path / "index", encoder=minilm)
+@pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
+def test_shards_merge_to_the_whole(neighbours, tmp_path, kind):
+    vectors, queries, _ = neighbours
+    index = make_index(kind, dim=32, training=vectors[:0], use_gpu=False)
+    index.add(vectors)
+    write_index(index, tmp_path / "index")
+    whole = VectorIndex(tmp_path / "index", shard=(0, 1), device="cpu", effort=0).search(queries, 5)
+    shards = [VectorIndex(tmp_path / "index", shard=(i, 5), device="cpu", effort=0) for i in range(5)]
+    scores, rows = merge([shard.search(queries, 5) for shard in shards], topk=5)
+    assert (rows == whole[1]).all()
+    np.testing.assert_allclose(scores, whole[0], rtol=1e-5)
+
+
+def test_a_kind_that_cannot_be_is_refused_with_what_can(tmp_path):
+    for kind, rows, dim, reason in (
+        ("IVF4,Flat", 5, 8, "choose Flat"),
+        ("IVF-PQ", 9_999, 8, "10,000 passages"),
+        ("IVF-PQ", 20_000, 12, "multiple of 8"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            factory_string(kind, num_rows=rows, dim=dim)
+    assert factory_string("IVF-PQ", num_rows=21_015_324, dim=768) == "IVF16384,PQ96"
+    with pytest.raises(UserError, match="sees no GPU"):
+        VectorIndex(_write_tiny(tmp_path / "tiny"), shard=(0, 1), device="cuda", effort=0)
+
+
+def _write_tiny(path: Path) -> Path:
+    index = make_index("HNSW8", dim=8, training=np.empty((0, 8), np.float32), use_gpu=False)
+    index.add(unit_vectors(20, dim=8))
+    write_index(index, path)
+    with pytest.raises(UserError, match="only Flat and SQfp16"):
+        VectorIndex(path, shard=(0, 2), device="cpu", effort=0)
+    return path
+
+
+def test_a_taken_folder_is_refused_and_a_bad_row_is_found_before_anything_is_encoded(built, tmp_path):
     with pytest.raises(UserError, match="is already there"):
-        build_index(corpus=corpus, out=folder, encoder=minilm)
-    with pytest.raises(UserError, match="choose Flat"):
-        build_index(corpus=corpus, out=tmp_path / "index", encoder=minilm, kind="IVF4,Flat")
+        build_index(*built, MINILM)
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    corpus.write_text(corpus.read_text() + "{oops\n")
+    with pytest.raises(UserError, match="line 6 is not valid JSON"):
+        build_index(corpus, tmp_path / "index", MINILM)
+    assert list(tmp_path.iterdir()) == [corpus]
 
 
-def test_the_tool_builds_an_index_and_reports_progress_and_errors(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["build_index", f"--corpus={built[1]}", f"--out={tmp_path / 'index'}"])
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(BUILD_INDEX), run_name="__main__")
-    assert "5 / 5 passages" in capsys.readouterr().out
-    assert (tmp_path / "index" / "manifest.json").read_text() == (built[0] / "manifest.json").read_text()
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(BUILD_INDEX), run_name="__main__")
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+def run_tool(*options: str, **popen) -> subprocess.Popen[str]:
+    command = [sys.executable, str(BUILD_INDEX), "--device=cpu", "--threads=1", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+
+
+def fingerprint(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def test_a_build_that_is_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+    words = [f"w{i}" for i in range(500)]
+    draw = random.Random(0)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [" ".join(draw.choices(words, k=6)) for _ in range(3000)])
+    options = [f"--corpus={corpus}", "--processes=2", "--kind=HNSW8"]
+    whole = run_tool(*options, f"--out={tmp_path / 'whole'}")
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    assert "recall@3" in output and "wrote" in output
+
+    out = tmp_path / "broken"
+    parts = out.with_name("broken.vectors")
+    kills = 0
+    for goal in (1, 4, 8):  # parts that are done when it is killed
+        process = run_tool(*options, f"--out={out}", start_new_session=True)
+        while process.poll() is None and len(list(parts.glob("*.npy"))) < goal:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not out.exists()
+    assert kills == 3
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    process = run_tool(*options, f"--out={out}")
+    while process.poll() is None and len(list(parts.glob("*.npy"))) < 10:
+        time.sleep(0.01)
+    again = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert done.items() <= again.items()  # nothing is encoded twice
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "corpus.jsonl", "whole"]
+
+
+def test_ctrl_c_stops_the_tool_with_the_way_to_go_on(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", ["many words " * 60] * 3000)
+    process = run_tool(f"--corpus={corpus}", f"--out={tmp_path / 'index'}", start_new_session=True)
+    while process.poll() is None and not list(tmp_path.glob("index.vectors/*.npy")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "stopped; the same command goes on where it is"
+    assert "Traceback" not in output
+
+
+def test_vectors_that_are_kept_make_other_kinds_without_encoding_and_never_another_corpus(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    kept = Encoding(choose_recipe("minilm"), vectors=tmp_path / "vectors")
+    build_index(corpus, tmp_path / "flat", kept)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "vectors").glob("*.npy")}
+    assert written
+    build_index(corpus, tmp_path / "hnsw", kept, kind="HNSW32")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert [p.id for p in search(corpus, tmp_path / "hnsw", QUESTIONS[:1])[0]] == [
+        p.id for p in search(corpus, tmp_path / "flat", QUESTIONS[:1])[0]
+    ]
+    assert json.loads((tmp_path / "hnsw" / "manifest.json").read_text())["recall"]["recall@3"] == 1.0
+    write_corpus(corpus, PASSAGES[::-1])
+    with pytest.raises(UserError, match=r"vectors of another build .*corpus_sha256"):
+        build_index(corpus, tmp_path / "again", kept)
+
+
+def test_the_tool_tells_wrong_options_in_one_line(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    for options, reason in (
+        (["--encoder=e5", "--out=index"], "needs a style"),
+        (["--kind=Fast", f"--out={tmp_path / 'index'}"], "choose Flat"),
+        (["--processes=-1", "--out=index"], "--processes is -1"),
+    ):
+        process = run_tool(f"--corpus={corpus}", *options)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 2 and reason in output.splitlines()[-1], output
+        assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == [corpus]
