@@ -16,7 +16,6 @@ from searche1.retrieval.batching import Batcher, LRUCache
 from searche1.types import UserError
 
 RETRIED_STATUSES = (500, 502, 503, 504)
-BATCH_WINDOW_S = 0.005  # searches this close together share a request
 MAX_BATCH = 512  # queries in one request
 MAX_REQUESTS = 8  # under way at once; more only wait in the server and run into the time-out there
 MAX_BACKOFF_S = 8.0
@@ -102,9 +101,7 @@ class RetrieverClient:
         async def retrieve(queries: list[str]) -> list[tuple[Passage, ...]]:
             return await self._retrieve(session, queries)
 
-        batcher = Batcher(
-            retrieve, cache=self._cache, window_s=BATCH_WINDOW_S, max_batch=MAX_BATCH, max_running=MAX_REQUESTS
-        )
+        batcher = Batcher(retrieve, cache=self._cache, max_batch=MAX_BATCH, max_running=MAX_REQUESTS)
         return _Connection(asyncio.get_running_loop(), session, batcher)
 
     async def _retrieve(self, session: aiohttp.ClientSession, queries: list[str]) -> list[tuple[Passage, ...]]:

@@ -1,295 +1,220 @@
-"""The search engine as a process: Search-R1's HTTP interface over an encoder and a FAISS index.
-
-`run_retriever` serves in this process; `launch_retriever` starts a child that lives as long as we do.
-FAISS and the encoder are loaded in the serving process only.
-"""
+"""`searche1 retriever`: serves a corpus, or a web search, over Search-R1's HTTP interface."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
-import ctypes
 import os
+import secrets
 import signal
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
 
-from searche1.retrieval.batching import Batcher, LRUCache
-from searche1.retrieval.client import Passage
+from searche1.retrieval.app import MAX_TOPK, Limits, create_app
+from searche1.retrieval.backend import Backend
+from searche1.retrieval.listen import address, bind, is_loopback
+from searche1.retrieval.local import LocalSettings, open_local
+from searche1.retrieval.monitor import Monitor
+from searche1.retrieval.reranking import RerankSettings, open_reranked
+from searche1.retrieval.web import WebSettings, open_web
+from searche1.retrieval.workers import Pool, end_with_parent
 from searche1.types import UserError
 
-MAX_BATCH = 512  # queries encoded together (Search-R1)
-MAX_TOPK = 1000
-BATCH_WINDOW_S = 0.002  # requests this close together share a batch; longer ones form while one is computed
-PR_SET_PDEATHSIG = 1  # prctl(2)
-PROGRESS_EVERY_S = 10.0
-LOG_TAIL_LINES = 8
-
-# Passages of each query, best first, at most `topk` each; called in a thread, one call at a time.
-Search = Callable[[Sequence[str], int], list[tuple[Passage, ...]]]
+BACKLOG = 2048  # connections that wait to be accepted
+SHUTDOWN_S = 30  # answers under way when it is asked to stop
 
 
-class QueryRequest(BaseModel):
-    """Search-R1's request. A topk of None or 0 is the server's default."""
+@dataclass(frozen=True)
+class Settings:
+    """What is served, and how."""
 
-    queries: list[str]
-    topk: int | None = Field(default=None, ge=0, le=MAX_TOPK)
-    return_scores: bool = False
-
-
-def create_app(search: Search, *, topk: int, num_passages: int, cache_size: int = 10_000) -> FastAPI:
-    """POST /retrieve and GET /health. Concurrent requests share batches, answers are remembered."""
-    thread = ThreadPoolExecutor(max_workers=1)
-    cache: LRUCache[tuple[str, int], tuple[Passage, ...]] = LRUCache(size=cache_size)
-
-    def search_keys(keys: list[tuple[str, int]]) -> list[tuple[Passage, ...]]:
-        found = search([query for query, _ in keys], max(k for _, k in keys))
-        return [passages[:k] for passages, (_, k) in zip(found, keys, strict=True)]
-
-    async def compute(keys: list[tuple[str, int]]) -> list[tuple[Passage, ...]]:
-        return await asyncio.get_running_loop().run_in_executor(thread, search_keys, keys)
-
-    batcher = Batcher(compute, cache=cache, window_s=BATCH_WINDOW_S, max_batch=MAX_BATCH, max_running=1)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await batcher.close()
-        thread.shutdown()
-
-    app = FastAPI(title="Search-E1 retriever", lifespan=lifespan)
-
-    @app.post("/retrieve")
-    async def retrieve(request: QueryRequest) -> JSONResponse:
-        k = request.topk or topk
-        answers = await asyncio.gather(*(batcher.get((query, k)) for query in request.queries))
-        to_json = _scored if request.return_scores else _bare
-        return JSONResponse({"result": [[to_json(passage) for passage in answer] for answer in answers]})
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "num_passages": num_passages, "topk": topk}
-
-    return app
+    source: LocalSettings | WebSettings
+    limits: Limits
+    rerank: RerankSettings | None
+    token: str
 
 
-def _bare(passage: Passage) -> dict[str, Any]:
-    return {"id": passage.id, "contents": passage.contents}
+def serve(settings: Settings, bound: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C; requests under way are answered first. Raises UserError if it cannot start."""
+    config = uvicorn.Config("", log_level="warning")
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(settings, bound))
 
 
-def _scored(passage: Passage) -> dict[str, Any]:
-    return {"document": _bare(passage), "score": passage.score}
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: the port is ours before the slow loading, and 0 is a free one."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise UserError(
-            f"cannot serve the retriever on {host}:{port}: {error.strerror}; choose another port, or 0 for a free one"
-        ) from error
-    return bound
-
-
-def run_retriever(
-    *,
-    corpus: str | Path,
-    index: str | Path,
-    topk: int = 3,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    encoder: str = "",
-    style: str = "",
-    device: str = "auto",
-    bound: socket.socket | None = None,
-) -> None:
-    """Serves until it is stopped. `encoder` and `style` are as in `load_index`; `bound` replaces host and port."""
-    if not 1 <= topk <= MAX_TOPK:
-        raise UserError(f"retriever topk is {topk}; it must be between 1 and {MAX_TOPK}")
-    bound = bound or bind(host, port)
-    from searche1.retrieval.encoder import Encoder
-    from searche1.retrieval.index import check_encoder, load_index, search_passages
-
-    loaded = load_index(Path(index), Path(corpus), encoder=encoder, style=style)
-    print(f"retriever: {loaded.kind} index of {len(loaded.corpus)} passages from {corpus}", flush=True)
-    text_encoder = Encoder(loaded.recipe, device)
-    check_encoder(loaded, text_encoder)
-    print(f"retriever: encoder {loaded.recipe.encoder} on {text_encoder.device}; serving {_url(bound)}", flush=True)
-
-    def search(queries: Sequence[str], k: int) -> list[tuple[Passage, ...]]:
-        return search_passages(loaded, text_encoder, queries, topk=k)
-
-    app = create_app(search, topk=topk, num_passages=len(loaded.corpus))
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[bound])
-
-
-def _url(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    return f"http://{host}:{port}/retrieve"
-
-
-class RetrieverServer:
-    """A running child process. Stops on `stop`, at the end of `with`, and when this process ends in any way."""
-
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-        self.url = url
-        self.log_path = log_path
-        self.process = process
-        atexit.register(self.stop)
-
-    def stop(self) -> None:
-        """Ends the child; may be called again."""
-        atexit.unregister(self.stop)
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def __enter__(self) -> RetrieverServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def launch_retriever(
-    *,
-    corpus: str | Path,
-    index: str | Path,
-    topk: int,
-    port: int,
-    log_path: str | Path,
-    device: str,
-    start_timeout_s: float,
-    threads: int = 1,
-    encoder: str = "",
-    style: str = "",
-) -> RetrieverServer:
-    """Starts a server on the loopback interface and returns when it answers.
-
-    Port 0 picks a free one, 0 threads take all cores. Raises UserError that quotes the child's log. Call it from a
-    thread that lasts, such as the main one: Linux ends the child with the thread that started it.
-    """
-    log_path = Path(log_path)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"corpus": corpus, "index": index, "topk": topk, "encoder": encoder, "style": style, "device": device}
-    options["threads"] = threads
-    command = [sys.executable, "-m", "searche1.retrieval.server"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    # The child gets our bound socket: nobody can take the port in between. Its own session keeps a
-    # Ctrl-C for us, who may still need it to finish.
-    with bind("127.0.0.1", port) as bound, log_path.open("ab") as log:
-        log_start = log.tell()
-        url = _url(bound)
-        process = subprocess.Popen(
-            [*command, f"--fd={bound.fileno()}", f"--parent={os.getpid()}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[bound.fileno()],
-            start_new_session=True,
+async def _serve(settings: Settings, bound: socket.socket) -> None:
+    monitor = Monitor()
+    async with _open(settings, monitor) as (backend, pools):
+        app = create_app(backend, settings.limits, monitor=monitor, pools=pools, token=settings.token)
+        for wanted in (signal.SIGTERM, signal.SIGINT):
+            # Uvicorn stops serving, then sends itself the signal again: it must not end us before the processes have.
+            asyncio.get_running_loop().add_signal_handler(wanted, lambda: None)
+        bound.listen(BACKLOG)  # whoever reads the next line may connect
+        print(f"retriever: {backend.description}; serving {address(bound)}", flush=True)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, backlog=BACKLOG, timeout_graceful_shutdown=SHUTDOWN_S
         )
-    server = RetrieverServer(process, url, log_path)
+        await uvicorn.Server(config).serve(sockets=[bound])
+    print("retriever: stopped", flush=True)
+
+
+@asynccontextmanager
+async def _open(settings: Settings, monitor: Monitor) -> AsyncIterator[tuple[Backend, Sequence[Pool]]]:
+    """The backend, and the processes behind it."""
+    pools: list[Pool] = []
+    backend: Backend
+    if isinstance(settings.source, LocalSettings):
+        backend = local = await open_local(settings.source, observe=monitor.stage)
+        pools += local.pools
+    else:
+        backend = await open_web(settings.source)
     try:
-        _wait_until_healthy(server, log_start=log_start, timeout_s=start_timeout_s)
-    except BaseException:  # Ctrl-C too: nobody else holds the handle yet
-        server.stop()
-        raise
-    return server
+        if settings.rerank is not None:
+            backend = reranked = await open_reranked(backend, settings.rerank, observe=monitor.stage)
+            pools.append(reranked.pool)
+        yield backend, pools
+    finally:
+        await backend.close()
 
 
-def _wait_until_healthy(server: RetrieverServer, *, log_start: int, timeout_s: float) -> None:
-    # No proxy: a proxy of the environment does not know this machine's loopback interface.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    health_url = server.url.removesuffix("/retrieve") + "/health"
-    start = time.monotonic()
-    next_report_s = PROGRESS_EVERY_S
-    while True:
-        try:
-            opener.open(health_url, timeout=5).close()
-            return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            waited_s = time.monotonic() - start  # not listening yet
-        code = server.process.poll()
-        if code is not None or waited_s > timeout_s:
-            fault = f"did not answer within {timeout_s:g} s" if code is None else f"ended with exit code {code}"
-            tail = _log_tail(server.log_path, log_start)
-            raise UserError(f"the retriever {fault}; its log {server.log_path} ends with:\n{tail}")
-        if waited_s > next_report_s:
-            print(f"waiting for the retriever, {waited_s:.0f} s (log: {server.log_path})", file=sys.stderr, flush=True)
-            next_report_s += PROGRESS_EVERY_S
-        time.sleep(0.1)
-
-
-def _log_tail(log_path: Path, log_start: int) -> str:
-    lines = log_path.read_bytes()[log_start:].decode(errors="replace").splitlines()
-    return "\n".join("  " + line for line in lines[-LOG_TAIL_LINES:])
-
-
-def _end_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, also of a crash or SIGKILL (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        sys.exit(1)
+def read_token(path: Path) -> str:
+    """The token in a file, which is made, for its owner's eyes only, if it is not there. Raises UserError."""
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+            print(f"retriever: wrote a new token to {path}; clients give it as retriever.token_file", flush=True)
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot use the token file {path}: {error}; give a file you may read and write") from error
+    if not token:
+        raise UserError(f"the token file {path} is empty; remove it to have a new token made")
+    return token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`searche1 retriever`: parses the options and serves. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="searche1 retriever", description="Serve a corpus over HTTP.")
-    parser.add_argument("--corpus", required=True, help='.jsonl or .jsonl.gz of {"id", "contents"} rows')
-    parser.add_argument("--index", required=True, help="folder of tools/build_index.py, or a bare FAISS file")
-    parser.add_argument("--topk", type=int, default=3, help="passages per query unless the request says (default 3)")
-    parser.add_argument("--host", default="127.0.0.1", help="interface to serve on (default: loopback only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to serve on, 0 for a free one (default 8000)")
-    parser.add_argument("--encoder", default="", help="encoder of a bare FAISS file, or where the index's encoder lies")
-    parser.add_argument("--style", default="", help="encoder style of a bare FAISS file: e5, bge or plain")
-    parser.add_argument("--device", default="auto", help="device of the encoder: auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of encoder and index (default: all cores)")
-    parser.add_argument("--fd", type=int, default=-1, help=argparse.SUPPRESS)  # both set by launch_retriever
-    parser.add_argument("--parent", type=int, default=-1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    """Parses the options of `searche1 retriever` and serves. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
     if arguments.parent != -1:
-        _end_with_parent(arguments.parent)
-    # Before torch and FAISS load: they read it once, and a launcher's 1 is meant for its own ranks.
+        end_with_parent(arguments.parent)
+    # For the processes that compute, which read it once when they start; a launcher's 1 is meant for its own ranks.
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads or len(os.sched_getaffinity(0)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # they take turns on the same cores
     try:
-        run_retriever(
-            corpus=arguments.corpus,
-            index=arguments.index,
-            topk=arguments.topk,
-            host=arguments.host,
-            port=arguments.port,
-            encoder=arguments.encoder,
-            style=arguments.style,
-            device=arguments.device,
-            bound=socket.socket(fileno=arguments.fd) if arguments.fd != -1 else None,
-        )
+        settings = _settings(arguments)
+        bound = socket.socket(fileno=arguments.fd) if arguments.fd != -1 else bind(arguments.host, arguments.port)
+        serve(settings, bound)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """What the options ask for. Raises UserError if they do not go together."""
+    limits = Limits(
+        topk=arguments.topk,
+        max_batch=arguments.max_batch,
+        max_wait_s=arguments.max_wait_ms / 1000,
+        max_pending=arguments.max_pending,
+        cache_size=arguments.cache_size,
+        timeout_s=arguments.timeout_s,
+    )
+    if not 1 <= limits.topk <= MAX_TOPK:
+        raise UserError(f"retriever topk is {limits.topk}; it must be between 1 and {MAX_TOPK}")
+    for name in ("max_batch", "max_pending", "timeout_s", "encoders", "shards", "replicas"):
+        if getattr(arguments, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be more than 0")
+    rerank = None
+    if arguments.reranker:
+        rerank = RerankSettings(
+            arguments.reranker, candidates=arguments.candidates, device=arguments.device, dtype=arguments.dtype
+        )
+    return Settings(_source(arguments), limits, rerank, _token(arguments))
+
+
+def _source(arguments: argparse.Namespace) -> LocalSettings | WebSettings:
+    if arguments.searxng:
+        if arguments.corpus or arguments.index:
+            raise UserError("--searxng searches the web instead of a corpus; leave out --corpus and --index")
+        return WebSettings(url=arguments.searxng)
+    for name in ("corpus", "index"):
+        if getattr(arguments, name) is None:
+            raise UserError(f"--{name} is missing; give --corpus and --index, or --searxng to search the web")
+    return LocalSettings(
+        corpus=arguments.corpus,
+        index=arguments.index,
+        encoder=arguments.encoder,
+        style=arguments.style,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        encoders=arguments.encoders,
+        shards=arguments.shards,
+        replicas=arguments.replicas,
+        index_device=arguments.index_device,
+        effort=arguments.effort,
+    )
+
+
+def _token(arguments: argparse.Namespace) -> str:
+    """The bearer token, "" for none: only this machine, or whoever is told to be trusted, does without."""
+    if arguments.token_file is not None:
+        if arguments.open:
+            raise UserError("--open lets everybody in and --token-file does not; give one of them")
+        return read_token(arguments.token_file)
+    if arguments.fd == -1 and not is_loopback(arguments.host) and not arguments.open:
+        raise UserError(
+            f"--host {arguments.host} is reached from other machines; give --token-file FILE (made if it is not there) "
+            "and the same file to the runs as retriever.token_file, or --open for a network that you trust"
+        )
+    return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="searche1 retriever",
+        description="Serve a corpus over Search-R1's HTTP interface: POST /retrieve, GET /health, GET /metrics.",
+        epilog="docs/retrieval.md goes from nothing to Wikipedia served.",
+    )
+    group = parser.add_argument_group("what is searched")
+    group.add_argument("--corpus", type=Path, help='.jsonl or .jsonl.gz of {"id", "contents"} rows')
+    group.add_argument("--index", type=Path, help="folder of tools/build_index.py, or a bare FAISS file")
+    group.add_argument("--encoder", default="", help="encoder of a bare FAISS file, or where the index's lies now")
+    group.add_argument("--style", default="", help="style of a bare FAISS file's encoder: e5, bge, plain, ...")
+    group.add_argument("--searxng", default="", metavar="URL", help="search the web through this SearxNG instead")
+    group.add_argument("--topk", type=int, default=3, help="passages per query unless a request says (default 3)")
+    group.add_argument("--reranker", default="", help="cross-encoder that judges what is found: folder or hub id")
+    group.add_argument("--candidates", type=int, default=10, help="passages per query that it judges (default 10)")
+
+    group = parser.add_argument_group("where it is computed")
+    group.add_argument("--device", default="auto", help="of encoder and reranker: auto, cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", help="auto (float16 on a GPU, else float32), bfloat16, ...")
+    group.add_argument("--encoders", type=int, default=1, help="encoder processes; with --device cuda on GPU 0, 1, ...")
+    group.add_argument("--index-device", default="cpu", help="cpu, or cuda: float16, spread over all GPUs (faiss-gpu)")
+    group.add_argument("--shards", type=int, default=1, help="processes that the index is split over (Flat, SQfp16)")
+    group.add_argument("--replicas", type=int, default=1, help="processes for each shard; they share its memory")
+    group.add_argument("--threads", type=int, default=0, help="CPU threads of every process (default: all cores)")
+    group.add_argument("--effort", type=int, default=0, help="HNSW's efSearch or IVF's nprobe (default: the index's)")
+
+    group = parser.add_argument_group("how it is served")
+    group.add_argument("--host", default="127.0.0.1", help="interface to serve on (default: this machine only)")
+    group.add_argument("--port", type=int, default=8000, help="port to serve on, 0 for a free one (default 8000)")
+    group.add_argument("--token-file", type=Path, help="clients must send the token in it; made if it is not there")
+    group.add_argument("--open", action="store_true", help="serve other machines without a token")
+    group.add_argument("--max-batch", type=int, default=512, help="queries searched together (default 512)")
+    group.add_argument("--max-wait-ms", type=float, default=10, help="longest wait for others to join (default 10)")
+    group.add_argument("--max-pending", type=int, default=20_000, help="queries waiting before 503 (default 20,000)")
+    group.add_argument("--cache-size", type=int, default=100_000, help="answers remembered (default 100,000)")
+    group.add_argument("--timeout-s", type=float, default=120, help="longest time for a request (default 120)")
+    group.add_argument("--fd", type=int, default=-1, help=argparse.SUPPRESS)  # both set by launch_retriever
+    group.add_argument("--parent", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

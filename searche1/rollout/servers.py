@@ -12,7 +12,7 @@ from typing import Any
 from searche1.config import Config, RolloutConfig
 from searche1.prompts import encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient
-from searche1.retrieval.server import launch_retriever
+from searche1.retrieval.launch import launch_retriever
 from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.places import EnginePlace

@@ -227,7 +227,7 @@ def test_a_batch_is_never_larger_than_its_limit_and_loses_nobody():
 
     async def story():
         cache = LRUCache(size=100)
-        batcher = Batcher(double, cache=cache, window_s=0.001, max_batch=4, max_running=2)
+        batcher = Batcher(double, cache=cache, max_batch=4, max_running=2)
         assert await asyncio.gather(*(batcher.get(i) for i in range(11))) == [2 * i for i in range(11)]
         assert len(cache) == 11
 

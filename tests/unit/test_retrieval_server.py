@@ -7,19 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from searche1.retrieval.client import Passage, RetrieverClient
-from searche1.retrieval.server import RetrieverServer, bind, create_app, launch_retriever
+from searche1.retrieval.client import RetrieverClient
+from searche1.retrieval.launch import RetrieverServer, launch_retriever
 from searche1.types import UserError
 
 PASSAGES = {
@@ -39,12 +38,12 @@ def write_corpus(path: Path, passages: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """A corpus and its index folder."""
-    from searche1.retrieval.encoder import load_encoder
-    from searche1.retrieval.index import build_index
+    from searche1.retrieval.build import Encoding, build_index
+    from searche1.retrieval.recipe import choose_recipe
 
     folder = tmp_path_factory.mktemp("retriever")
     corpus = write_corpus(folder / "corpus.jsonl", PASSAGES)
-    build_index(corpus=corpus, out=folder / "index", encoder=load_encoder("minilm", "cpu"))
+    build_index(corpus, folder / "index", Encoding(choose_recipe("minilm")))
     return corpus, folder / "index"
 
 
@@ -101,9 +100,10 @@ def test_a_request_that_breaks_the_schema_is_refused(server, body):
         post(server.url, body)
 
 
-def test_health_tells_the_size_of_the_corpus(server):
+def test_health_tells_what_is_served(server, built):
     with urllib.request.urlopen(server.url.replace("/retrieve", "/health"), timeout=30) as response:
-        assert json.load(response) == {"status": "ok", "num_passages": 4, "topk": 3}
+        backend = f"Flat index of 4 passages from {built[0]}"
+        assert json.load(response) == {"status": "ok", "backend": backend, "topk": 3}
 
 
 def test_the_client_gets_aligned_passages_from_the_server(server):
@@ -112,46 +112,6 @@ def test_the_client_gets_aligned_passages_from_the_server(server):
             return await asyncio.gather(*(client.search(query) for query in QUESTIONS))
 
     assert [answer[0].id for answer in asyncio.run(story())] == list(QUESTIONS.values())
-
-
-def test_health_answers_during_a_search_and_waiting_requests_share_the_next_batch():
-    batches, first_is_running, go_on = [], threading.Event(), threading.Event()
-
-    def search(queries, topk):
-        batches.append((sorted(queries), topk))
-        first_is_running.set()
-        assert go_on.wait(30)
-        return [tuple(Passage(f"{query}{rank}", "text", 0.0) for rank in range(topk)) for query in queries]
-
-    bound = bind("127.0.0.1", 0)
-    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    http = uvicorn.Server(uvicorn.Config(create_app(search, topk=3, num_passages=1), log_level="warning"))
-    thread = threading.Thread(target=http.run, kwargs={"sockets": [bound]})
-    thread.start()
-
-    async def story():
-        options = {"timeout_s": 30, "retries": 5}
-        async with (
-            RetrieverClient(url=address, topk=1, **options) as one,
-            RetrieverClient(url=address, topk=2, **options) as two,
-        ):
-            first = asyncio.create_task(one.search("a"))
-            await asyncio.to_thread(first_is_running.wait, 30)
-            rest = [asyncio.create_task(client.search(query)) for client, query in ((one, "b"), (two, "b"), (two, "c"))]
-            await asyncio.sleep(0.2)
-            await asyncio.to_thread(lambda: urllib.request.urlopen(address + "/health", timeout=5).close())
-            go_on.set()
-            return [[p.id for p in answer] for answer in [await first, *await asyncio.gather(*rest)]]
-
-    try:
-        assert asyncio.run(story()) == [["a0"], ["b0"], ["b0", "b1"], ["c0", "c1"]]
-        assert batches == [(["a"], 1), (["b", "b", "c"], 2)]
-        post(address + "/retrieve", {"queries": ["c"], "topk": 2})
-        assert len(batches) == 2  # remembered
-    finally:
-        go_on.set()
-        http.should_exit = True
-        thread.join()
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(built, tmp_path):
@@ -179,31 +139,145 @@ def test_a_server_that_takes_too_long_is_ended(built, tmp_path):
         launch(*built, tmp_path / "log", start_timeout_s=0.2)
 
 
-ALL_CORES = len(os.sched_getaffinity(0))
-THREADS = """
-import sys
-from searche1.retrieval.server import main
-main(["--corpus=nowhere.jsonl", "--index=nowhere", *sys.argv[1:]])  # which it says, once its threads are set
-import faiss
-print(faiss.omp_get_max_threads())
-"""
-
-
-@pytest.mark.parametrize(("options", "launcher_has", "expected"), [(["--threads=1"], 2, 1), ([], 1, ALL_CORES)])
-def test_the_server_searches_with_its_own_threads_whatever_its_launcher_has(options, launcher_has, expected):
-    command = [sys.executable, "-c", THREADS, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(launcher_has)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.stdout == f"{expected}\n", result.stderr
+@pytest.mark.parametrize(("options", "expected"), [(["--threads=1"], "1"), ([], str(len(os.sched_getaffinity(0))))])
+def test_its_processes_compute_with_their_own_threads_whatever_the_launcher_has(built, options, expected):
+    with serving(built, *options, env={**os.environ, "OMP_NUM_THREADS": "7"}) as (process, _):
+        for pid in children(process.pid):
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            assert f"OMP_NUM_THREADS={expected}" in environment and "OMP_WAIT_POLICY=passive" in environment
 
 
 def test_a_launched_server_is_given_its_threads(server):
     assert "--threads=2" in Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
 
 
+@contextmanager
+def serving(built: tuple[Path, Path], *options: str, **popen: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`searche1 retriever` as a user starts it, and its address; killed at the end."""
+    command = [sys.executable, "-m", "searche1", "retriever", f"--corpus={built[0]}", f"--index={built[1]}"]
+    process = subprocess.Popen(
+        [*command, "--device=cpu", "--port=0", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **popen,
+    )
+    assert process.stdout is not None
+    try:
+        output = ""
+        while "serving" not in output:
+            line = process.stdout.readline()
+            assert line, output
+            output += line
+        yield process, output.split("serving ")[1].strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that compute for it (not the one that only watches over shared memory)."""
+    found = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in found if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def ask(url: str, query: str, *, topk: int = 1) -> str:
+    return str(post(url, {"queries": [query], "topk": topk})[0][0]["id"])
+
+
+@pytest.mark.parametrize("wanted", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_asked_to_stop_ends_its_processes_and_says_so(built, wanted):
+    with serving(built) as (process, url):
+        assert ask(url, "Who wrote Faust?") == "goethe"
+        pids = children(process.pid)
+        assert len(pids) == 2
+        os.killpg(process.pid, wanted) if wanted == signal.SIGINT else process.send_signal(wanted)
+        assert process.wait(timeout=30) == 0
+        assert process.stdout.read() == "retriever: stopped\n"
+    assert not any(map(is_running, pids))
+
+
+def test_no_answer_is_lost_or_wrong_while_processes_are_killed_under_load(built):
+    """What a client sees of a killed encoder or index process is time."""
+    rounds = 40
+    with serving(built, "--threads=1", "--cache-size=0") as (process, url):
+        pids = children(process.pid)
+
+        async def story() -> list[tuple[str, str]]:
+            answers = []
+
+            async def ask_all(client: RetrieverClient, number: int) -> None:
+                for i in range(rounds):
+                    query = list(QUESTIONS)[(number + i) % len(QUESTIONS)]
+                    answers.append((query, (await client.search(f"{query}{' ' * number}"))[0].id))
+
+            async def kill() -> None:
+                for pid in pids:
+                    await asyncio.sleep(0.3)
+                    os.kill(pid, signal.SIGKILL)
+
+            options = {"url": url, "topk": 1, "timeout_s": 60, "retries": 1, "cache_size": 0}
+            async with RetrieverClient(**options) as client:
+                await asyncio.gather(*(ask_all(client, number) for number in range(8)), kill())
+            return answers
+
+        answers = asyncio.run(story())
+        restarted = metrics(url)
+    assert len(answers) == 8 * rounds
+    assert all(QUESTIONS[query] == found for query, found in answers)
+    assert sum(value for name, value in restarted.items() if "worker_restarts" in name) == 2
+
+
+def metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url.replace("/retrieve", "/metrics"), timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
+
+
+def test_a_corpus_that_changes_under_the_server_gives_errors_and_no_other_passages(built, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(built[0].read_bytes())
+    with serving((corpus, built[1])) as (_, url):
+        assert ask(url, "Who wrote Faust?") == "goethe"
+        os.truncate(corpus, 100)
+        with pytest.raises(urllib.error.HTTPError, match="500") as raised:
+            ask(url, "Which planet has rings?")
+        assert "was changed while it is in use" in json.load(raised.value)["detail"]
+
+
+def test_other_machines_need_a_token_or_an_explicit_word(built, tmp_path):
+    refused = subprocess.run(
+        [sys.executable, "-m", "searche1", "retriever", "--corpus=c", "--index=i", "--host=0.0.0.0"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2 and "--token-file" in refused.stderr
+    token_file = tmp_path / "token"
+    with serving(built, "--host=0.0.0.0", f"--token-file={token_file}") as (_, url):
+        assert token_file.stat().st_mode & 0o777 == 0o600
+        token = token_file.read_text().strip()
+        assert len(token) > 30
+        body = json.dumps({"queries": ["Who wrote Faust?"], "topk": 1}).encode()
+        for header, status in ((None, 401), ("Bearer x", 401), (f"Bearer {token}", 200)):
+            headers = {"Authorization": header} if header else {}
+            request = urllib.request.Request(url, body, headers)
+            if status == 401:
+                with pytest.raises(urllib.error.HTTPError, match="401"):
+                    urllib.request.urlopen(request, timeout=30)
+            else:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    assert json.load(response)["result"][0][0]["id"] == "goethe"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            metrics(url)
+        with urllib.request.urlopen(url.replace("/retrieve", "/health"), timeout=30) as response:
+            assert json.load(response)["status"] == "ok"
+
+
 PARENT = """
 import sys, time
-from searche1.retrieval.server import launch_retriever
+from searche1.retrieval.launch import launch_retriever
 corpus, index, log, how = sys.argv[1:]
 server = launch_retriever(
     corpus=corpus, index=index, topk=3, port=0, log_path=log, device="cpu", start_timeout_s=120
