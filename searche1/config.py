@@ -128,8 +128,10 @@ class RetrieverConfig:
     threads: int = 1  # CPU threads of the server this run starts; 0 takes all cores, as a large exact index needs
     topk: int = 3  # passages per query (paper 4.1)
     port: int = 0  # port of the server this run starts; 0 picks a free one
+    token_file: str = ""  # file with the token of a retriever on other machines; empty sends none
     timeout_s: float = 30.0  # one HTTP request
-    retries: int = 10  # tries on connection errors, time-outs and 5xx before a trajectory is marked "error"
+    retries: int = 10  # tries of a request that meets time-outs, 429 or 5xx, before its trajectories count as errors
+    deadline_s: float = 600.0  # one search in all, waiting for a retriever that is down included
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ HARMLESS_KEYS = frozenset(
         "retriever.port",
         "retriever.timeout_s",
         "retriever.retries",
+        "retriever.deadline_s",
+        "retriever.token_file",
         "retriever.device",
         "retriever.threads",
         "engine.tensor",

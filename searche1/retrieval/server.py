@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ from searche1.retrieval.listen import address, bind, is_loopback
 from searche1.retrieval.local import LocalSettings, open_local
 from searche1.retrieval.monitor import Monitor
 from searche1.retrieval.reranking import RerankSettings, open_reranked
+from searche1.retrieval.token import make_token, read_token
 from searche1.retrieval.web import WebSettings, open_web
 from searche1.retrieval.workers import Pool, end_with_parent
 from searche1.types import UserError
@@ -80,22 +80,6 @@ async def _open(settings: Settings, monitor: Monitor) -> AsyncIterator[tuple[Bac
         yield backend, pools
     finally:
         await backend.close()
-
-
-def read_token(path: Path) -> str:
-    """The token in a file, which is made, for its owner's eyes only, if it is not there. Raises UserError."""
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32) + "\n")
-            print(f"retriever: wrote a new token to {path}; clients give it as retriever.token_file", flush=True)
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot use the token file {path}: {error}; give a file you may read and write") from error
-    if not token:
-        raise UserError(f"the token file {path} is empty; remove it to have a new token made")
-    return token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +151,8 @@ def _token(arguments: argparse.Namespace) -> str:
     if arguments.token_file is not None:
         if arguments.open:
             raise UserError("--open lets everybody in and --token-file does not; give one of them")
+        if make_token(arguments.token_file):
+            print(f"retriever: wrote a new token to {arguments.token_file}", flush=True)
         return read_token(arguments.token_file)
     if arguments.fd == -1 and not is_loopback(arguments.host) and not arguments.open:
         raise UserError(

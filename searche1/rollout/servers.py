@@ -13,6 +13,7 @@ from searche1.config import Config, RolloutConfig
 from searche1.prompts import encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient
 from searche1.retrieval.launch import launch_retriever
+from searche1.retrieval.token import read_token
 from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.places import EnginePlace
@@ -50,6 +51,8 @@ def make_servers(config: Config, engines: Sequence[Engine], *, retriever_url: st
         topk=config.retriever.topk,
         timeout_s=config.retriever.timeout_s,
         retries=config.retriever.retries,
+        deadline_s=config.retriever.deadline_s,
+        token=retriever_token(config),
     )
 
     def sampler(rollout: RolloutConfig) -> Sampler:
@@ -116,13 +119,24 @@ def start_retriever(config: Config, *, log_dir: Path, stack: contextlib.ExitStac
 
 def check_retriever(url: str, config: Config) -> None:
     """One search, with few tries: a retriever that is down should be told now, not after a rollout batch."""
-    client = RetrieverClient(url=url, topk=config.retriever.topk, timeout_s=config.retriever.timeout_s, retries=2)
+    client = RetrieverClient(
+        url=url,
+        topk=config.retriever.topk,
+        timeout_s=config.retriever.timeout_s,
+        retries=2,
+        token=retriever_token(config),
+    )
 
     async def search() -> None:
         async with client:
             await client.search("is anybody there?")
 
     asyncio.run(search())
+
+
+def retriever_token(config: Config) -> str:
+    """The token of a retriever elsewhere, "" for none. Raises UserError."""
+    return read_token(Path(config.retriever.token_file)) if config.retriever.token_file else ""
 
 
 def longest_context(config: Config) -> int:

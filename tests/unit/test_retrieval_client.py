@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestServer
 
 from searche1.retrieval.batching import Batcher, LRUCache
 from searche1.retrieval.client import RetrieverClient, RetrieverError
+from searche1.retrieval.token import make_token, read_token
 from searche1.types import UserError
 
 
@@ -244,3 +245,177 @@ def test_settings_that_cannot_work_are_refused(changes):
 def test_the_client_imports_no_torch():
     code = "import sys, searche1.retrieval.client; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_query_that_the_server_cannot_bear_fails_alone():
+    def answer(body):
+        return web.Response(status=500, text="crash") if "poison" in body["queries"] else echo(body)
+
+    async def story():
+        async with serving(answer) as (url, bodies), make_client(url, retries=2) as client:
+            queries = ["a", "b", "poison", "c", "d"]
+            outcomes = await asyncio.gather(*(client.search(q) for q in queries), return_exceptions=True)
+            assert len(bodies) <= 2 + 6
+        assert [outcome[0].id for i, outcome in enumerate(outcomes) if i != 2] == ["a-0", "b-0", "c-0", "d-0"]
+        assert isinstance(outcomes[2], RetrieverError) and "crash" in str(outcomes[2])
+
+    asyncio.run(story())
+
+
+def test_the_pause_that_a_busy_server_asks_for_is_kept():
+    answers = iter([web.Response(status=429, headers={"Retry-After": "0.3"})])
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        async with serving(lambda body: next(answers, None) or echo(body)) as (url, _), make_client(url) as client:
+            started = loop.time()
+            await client.search("a")
+            assert loop.time() - started >= 0.3
+
+    asyncio.run(story())
+
+
+def test_a_server_that_comes_back_is_waited_for_by_one_request_at_a_time(capfd):
+    """More faults than tries: a retriever that restarts for minutes must not turn a rollout batch into errors."""
+    is_down = True
+
+    def answer(body):
+        return web.Response(status=503) if is_down else echo(body)
+
+    async def story():
+        nonlocal is_down
+        async with serving(answer) as (url, bodies), make_client(url, retries=6, backoff_s=0.02) as client:
+            tasks = []
+            for i in range(40):  # one request each
+                tasks.append(asyncio.create_task(client.search(str(i))))
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(0.8)
+            num_while_down = len(bodies)
+            is_down = False
+            answers = await asyncio.gather(*tasks)
+            assert [answer[0].id for answer in answers] == [f"{i}-0" for i in range(40)]
+            assert num_while_down < 60  # 8 requests, unhindered, would be made over a hundred times
+
+    asyncio.run(story())
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("does not answer (HTTP status 503: ); waiting for it") and "answers again" in lines[1]
+
+
+def test_a_server_that_stays_down_costs_one_deadline_and_later_searches_one_try():
+    async def story():
+        loop = asyncio.get_running_loop()
+        url = "http://127.0.0.1:1/retrieve"
+        async with make_client(url, retries=10, deadline_s=0.5, backoff_s=0.01) as client:
+            started = loop.time()
+            with pytest.raises(RetrieverError, match=r"within 0\.5 s \(retriever\.deadline_s\), at last: .*127"):
+                await client.search("a")
+            assert 0.4 < loop.time() - started < 2
+            await asyncio.sleep(1.0)
+            started = loop.time()
+            with pytest.raises(RetrieverError):
+                await client.search("b")
+            assert loop.time() - started < 0.3
+
+    asyncio.run(story())
+
+
+def test_no_search_takes_longer_than_its_deadline():
+    async def story():
+        async with serving(echo, delay_s=0.5) as (url, _), make_client(url, deadline_s=0.1) as client:
+            with pytest.raises(RetrieverError, match=r"no answer within 0\.1 s"):
+                await client.search("a")
+
+    asyncio.run(story())
+
+
+def test_a_token_is_sent_and_its_absence_explained():
+    async def retrieve(request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != "Bearer secret":
+            return web.Response(status=401)
+        return echo(await request.json())
+
+    async def story():
+        app = web.Application()
+        app.router.add_post("/retrieve", retrieve)
+        async with TestServer(app) as server:
+            url = str(server.make_url("/retrieve"))
+            async with make_client(url, token="secret") as client:
+                assert len(await client.search("a")) == 2
+            async with make_client(url) as client:
+                with pytest.raises(RetrieverError, match=r"401.*retriever\.token_file"):
+                    await client.search("a")
+
+    asyncio.run(story())
+
+
+def test_a_token_file_is_made_once_and_read_by_both_sides(tmp_path):
+    path = tmp_path / "deep" / "token"
+    assert make_token(path) and not make_token(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(read_token(path)) > 30
+    for text in ("", "\n", "a\nb"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="holds no token"):
+            read_token(path)
+    with pytest.raises(UserError, match="cannot read the retriever's token file"):
+        read_token(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make the token file"):
+        make_token(tmp_path / "file" / "token")
+
+
+def test_a_key_that_nobody_waits_for_is_not_computed_and_a_failed_one_not_remembered():
+    calls = []
+
+    async def compute(keys):
+        calls.append(keys)
+        await asyncio.sleep(0.02)
+        return [ValueError(key) if key == "bad" else key.upper() for key in keys]
+
+    async def story():
+        batcher = Batcher(compute, cache=LRUCache(size=10), max_batch=4, max_running=1)
+        first = asyncio.create_task(batcher.get("a"))
+        await asyncio.sleep(0.01)
+        rest = [asyncio.create_task(batcher.get(key)) for key in ("b", "bad", "c", "c")]
+        await asyncio.sleep(0)
+        assert batcher.num_pending == 4
+        rest[0].cancel()
+        rest[2].cancel()
+        outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert batcher.num_pending == 0
+        with pytest.raises(ValueError):
+            await batcher.get("bad")
+        return outcomes
+
+    outcomes = asyncio.run(story())
+    assert outcomes[0] == "A" and outcomes[4] == "C" and isinstance(outcomes[2], ValueError)
+    assert calls == [["a"], ["bad", "c"], ["bad"]]
+
+
+def test_a_batch_waits_for_more_only_a_small_share_of_what_the_last_one_took():
+    sizes = []
+
+    async def compute(keys):
+        sizes.append(len(keys))
+        await asyncio.sleep(0.2)
+        return keys
+
+    async def story():
+        batcher = Batcher(compute, cache=LRUCache(size=0), max_batch=3, max_running=1, max_wait_s=5.0)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await batcher.get(0)
+        assert loop.time() - started < 0.4  # nothing is known yet: no wait
+
+        async def late(key):
+            await asyncio.sleep(0.003 * key)
+            return await batcher.get(key)
+
+        started = loop.time()
+        assert await asyncio.gather(*(late(key) for key in (1, 2))) == [1, 2]
+        assert loop.time() - started < 0.4
+        await asyncio.gather(*(batcher.get(key) for key in (3, 4, 5)))  # full: no wait
+
+    asyncio.run(story())
+    assert sizes == [1, 2, 3]
