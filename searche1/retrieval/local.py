@@ -15,7 +15,7 @@ import numpy as np
 from searche1.retrieval.backend import Answer, SearchFault, in_halves
 from searche1.retrieval.client import Passage
 from searche1.retrieval.corpus import Corpus
-from searche1.retrieval.manifest import INDEX_FILE, PROBE_FILE, check_corpus, read_manifest
+from searche1.retrieval.manifest import INDEX_FILE, KEYWORD_FOLDER, PROBE_FILE, check_corpus, read_manifest
 from searche1.retrieval.progress import Report
 from searche1.retrieval.ranking import merge
 from searche1.retrieval.recipe import Recipe, choose_recipe
@@ -237,4 +237,4 @@ def load_keywords(folder: Path) -> Any:
     """What the process of a keyword index serves."""
     from searche1.retrieval.bm25 import KeywordIndex
 
-    return KeywordIndex(folder)
+    return KeywordIndex(folder / KEYWORD_FOLDER)
