@@ -70,12 +70,14 @@ class Encoder:
         """Unit vectors, float32 [n, dim], in the order of `texts`. Raises UserError if the memory does not suffice."""
         prefix = self.recipe.query_prefix if kind == "query" else self.recipe.passage_prefix
         token_ids = self._tokenize([prefix + text for text in texts])
-        vectors = np.empty((len(texts), self._dim()), dtype=np.float32)
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for rows in _batches([len(ids) for ids in token_ids], max_tokens=self._max_tokens):
             vectors[rows] = self._encode_batch([token_ids[row] for row in rows]).cpu().numpy()
         return vectors
 
-    def _dim(self) -> int:
+    @property
+    def dim(self) -> int:
+        """Dimensions of a vector."""
         layers = [layer for layer in self._dense.modules() if isinstance(layer, torch.nn.Linear)]
         return int(layers[-1].out_features if layers else self._model.config.hidden_size)
 
