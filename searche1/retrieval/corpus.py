@@ -18,7 +18,7 @@ import numpy as np
 
 from searche1.types import UserError
 
-SCAN_BYTES = 1 << 24
+SCAN_BYTES = 1 << 20
 OFFSET_BYTES = 8
 CHECK_ROWS = 1 << 14  # rows between two reports
 

@@ -66,7 +66,7 @@ def launch_retriever(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     options = {"corpus": corpus, "index": index, "topk": topk, "encoder": encoder, "style": style, "device": device}
     options["threads"] = threads
-    command = [sys.executable, "-m", "searche1.retrieval.server"]
+    command = [sys.executable, "-m", "searche1", "retriever"]
     command += [f"--{name}={value}" for name, value in options.items()]
     # The child gets our bound socket: nobody can take the port in between. Its own session keeps a
     # Ctrl-C for us, who may still need it to finish.

@@ -42,13 +42,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} has no {MANIFEST_FILE}; give a folder built by tools/build_index.py")
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
-        recipe = fields["recipe"]
-        manifest = Manifest(**{**fields, "recipe": None if recipe is None else Recipe(**recipe)})
+        manifest = Manifest(**{**fields, "recipe": _read_recipe(fields["recipe"])})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not an index manifest ({error}); {REBUILD}") from error
     if manifest.format != MANIFEST_FORMAT:
         raise UserError(f"{path} has format {manifest.format}, needed {MANIFEST_FORMAT}; {REBUILD}")
     return manifest
+
+
+def _read_recipe(fields: dict[str, Any] | None) -> Recipe | None:
+    return None if fields is None else Recipe(**{**fields, "dense": tuple(fields.get("dense", ()))})
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

@@ -201,7 +201,3 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--fd", type=int, default=-1, help=argparse.SUPPRESS)  # both set by launch_retriever
     group.add_argument("--parent", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -94,7 +94,7 @@ def open_vectors(folder: Path, job: Job) -> Iterator[VectorFiles]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another build is at work in {folder}; wait for it, or choose another folder") from error
-        path, wanted = folder / JOB_FILE, asdict(job)
+        path, wanted = folder / JOB_FILE, json.loads(json.dumps(asdict(job)))  # as it reads back
         if path.exists():
             begun = json.loads(path.read_text())
             different = [key for key in wanted if begun.get(key) != wanted[key]]

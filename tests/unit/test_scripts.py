@@ -462,6 +462,9 @@ def test_a_job_waits_for_the_address_of_a_retriever(checkout: Checkout, job: dic
     result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", RETRIEVER_FILE="retriever.url", **job)
     assert result.stdout.endswith("c.yaml retriever.url=http://cpu1:8000\n"), result.stderr
     assert result.stderr.count("waiting for a retriever") == 1
+    (checkout.root / "retriever.url.token").write_text("secret")
+    result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", RETRIEVER_FILE="retriever.url", **job)
+    assert result.stdout.endswith("8000 retriever.token_file=retriever.url.token\n") and "secret" not in result.stdout
 
 
 def test_the_retrievers_address_is_in_its_file_while_it_answers(checkout: Checkout, job: dict[str, str]):
@@ -479,7 +482,8 @@ def test_the_retrievers_address_is_in_its_file_while_it_answers(checkout: Checko
     with subprocess.Popen([*command, "--topk", "5"], env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         asked = process.stderr.readline()
-        assert asked == f"retriever --corpus corpus --index index --host 0.0.0.0 --port {port} --threads 0 --topk 5\n"
+        start = f"retriever --corpus corpus --index index --host 0.0.0.0 --port {port} --threads 0"
+        assert asked == f"{start} --token-file {url_file}.token --topk 5\n"
         while not url_file.exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
