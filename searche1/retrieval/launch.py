@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from searche1.retrieval.listen import address, bind
@@ -16,26 +19,57 @@ from searche1.types import UserError
 
 PROGRESS_EVERY_S = 10.0
 LOG_TAIL_LINES = 8
+FIRST_PAUSE_S = 1.0  # before it is started again; grows
+MAX_PAUSE_S = 60.0
 
 
 class RetrieverServer:
-    """A running child process. Stops on `stop`, at the end of `with`, and when this process ends in any way."""
+    """A child process that serves. Stops on `stop`, at the end of `with`, and when this process ends in any way."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-        self.url = url
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], bound: socket.socket, log_path: Path) -> None:
+        self.url = address(bound)
         self.log_path = log_path
-        self.process = process
+        self.process = start()
+        self._start = start
+        self._bound = bound
+        self._is_stopping = threading.Event()
+        self._changing = threading.Lock()
         atexit.register(self.stop)
+
+    def keep_alive(self) -> None:
+        """From now on, starts it again at the same address whenever it ends: requests wait in its socket meanwhile."""
+        # The thread lasts as long as the server: Linux ends a child with the thread that started it.
+        threading.Thread(target=self._watch, name="retriever", daemon=True).start()
 
     def stop(self) -> None:
         """Ends the child; may be called again."""
         atexit.unregister(self.stop)
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._is_stopping.set()
+        with self._changing:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self._bound.close()
+
+    def _watch(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while True:
+            code = self.process.wait()
+            if self._is_stopping.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+            with self._changing:
+                if self._is_stopping.is_set():
+                    return
+                print(
+                    f"the retriever ended with exit code {code} (log: {self.log_path}); starting it again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self.process = self._start()
 
     def __enter__(self) -> RetrieverServer:
         return self
@@ -57,10 +91,9 @@ def launch_retriever(
     encoder: str = "",
     style: str = "",
 ) -> RetrieverServer:
-    """Starts a server on the loopback interface and returns when it answers.
+    """Starts a server on the loopback interface and returns when it answers; later it is kept alive.
 
-    Port 0 picks a free one, 0 threads take all cores. Raises UserError that quotes the child's log. Call it from a
-    thread that lasts, such as the main one: Linux ends the child with the thread that started it.
+    Port 0 picks a free one, 0 threads take all cores. Raises UserError that quotes the child's log.
     """
     log_path = Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,25 +101,29 @@ def launch_retriever(
     options["threads"] = threads
     command = [sys.executable, "-m", "searche1", "retriever"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    # The child gets our bound socket: nobody can take the port in between. Its own session keeps a
-    # Ctrl-C for us, who may still need it to finish.
-    with bind("127.0.0.1", port) as bound, log_path.open("ab") as log:
-        log_start = log.tell()
-        url = address(bound)
-        process = subprocess.Popen(
-            [*command, f"--fd={bound.fileno()}", f"--parent={os.getpid()}"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[bound.fileno()],
-            start_new_session=True,
-        )
-    server = RetrieverServer(process, url, log_path)
+    bound = bind("127.0.0.1", port)
+    log_start = log_path.stat().st_size if log_path.exists() else 0
+
+    def start() -> subprocess.Popen[bytes]:
+        # The child gets our bound socket: nobody can take the port in between. Its own session keeps a
+        # Ctrl-C for us, who may still need it to finish.
+        with log_path.open("ab") as log:
+            return subprocess.Popen(
+                [*command, f"--fd={bound.fileno()}", f"--parent={os.getpid()}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[bound.fileno()],
+                start_new_session=True,
+            )
+
+    server = RetrieverServer(start, bound, log_path)
     try:
         _wait_until_healthy(server, log_start=log_start, timeout_s=start_timeout_s)
     except BaseException:  # Ctrl-C too: nobody else holds the handle yet
         server.stop()
         raise
+    server.keep_alive()
     return server
 
 

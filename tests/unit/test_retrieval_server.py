@@ -147,6 +147,22 @@ def test_its_processes_compute_with_their_own_threads_whatever_the_launcher_has(
             assert f"OMP_NUM_THREADS={expected}" in environment and "OMP_WAIT_POLICY=passive" in environment
 
 
+def test_a_launched_server_that_is_killed_is_there_again_at_the_same_address(built, tmp_path, capfd):
+    with launch(*built, tmp_path / "log") as running:
+        assert ask(running.url, "Who wrote Faust?") == "goethe"
+        first = running.process
+        first.kill()
+
+        async def story():
+            async with RetrieverClient(url=running.url, topk=1, timeout_s=30, retries=5) as client:
+                return await client.search("Which planet has rings?")
+
+        assert asyncio.run(story())[0].id == "saturn"
+        assert running.process.pid != first.pid
+    assert running.process.poll() is not None
+    assert "exit code -9" in capfd.readouterr().err
+
+
 def test_a_launched_server_is_given_its_threads(server):
     assert "--threads=2" in Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
 
