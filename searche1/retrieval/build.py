@@ -68,7 +68,6 @@ def build_index(corpus: Path, out: Path, encoding: Encoding, *, kind: str = "Fla
             encode_missing(vectors, passages, encoders)
             index = _make_index(factory, vectors, dim=dim, use_gpu=use_gpu)
             recall = {} if kind == "Flat" else _recall(index, passages, vectors, encoders[0])
-            _tell(f"writing {out}")
             vector_index.write_index(index, part / INDEX_FILE)
             np.save(part / PROBE_FILE, vectors.rows(probe_rows(len(passages))))
             manifest = _manifest(corpus, passages, kind=factory, recipe=encoding.recipe, dim=dim, recall=recall)
@@ -110,7 +109,7 @@ def _make_index(factory: str, vectors: VectorFiles, *, dim: int, use_gpu: bool) 
     for block in vectors.blocks():
         index.add(np.ascontiguousarray(block))
         report(index.ntotal, vectors.num_rows)
-    _tell(f"made a {factory} index of {index.ntotal:,} vectors in {duration(time.monotonic() - started)}")
+    _tell(f"made a {factory} index of {index.ntotal:,} vectors in {duration(time.monotonic() - started)}, writing it")
     return index
 
 
