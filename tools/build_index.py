@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     cores = len(os.sched_getaffinity(0))
     try:
-        devices = _devices(arguments.device, arguments.processes, cores)
+        if arguments.kind == "BM25" and (arguments.style or arguments.vectors):
+            raise UserError("a BM25 index has no encoder and no vectors; leave out --style and --vectors")
+        devices = ["cpu"] if arguments.kind == "BM25" else _devices(arguments.device, arguments.processes, cores)
         threads = max(1, cores // len(devices))
         # Read by torch in the encoder processes, which run side by side; FAISS in this one runs alone.
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -88,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vectors", type=Path, help="folder to keep vectors in, for other kinds without encoding again"
     )
-    parser.add_argument("--index-device", default="cpu", help="cuda trains IVF-PQ on all GPUs (faiss-gpu)")
+    parser.add_argument(
+        "--index-device", default="cpu", choices=("cpu", "cuda"), help="cuda trains IVF-PQ on all GPUs (faiss-gpu)"
+    )
     return parser
 
 

@@ -19,6 +19,7 @@ from searche1.retrieval.local import load_encoder, probe_rows
 from searche1.retrieval.manifest import (
     INDEX_FILE,
     KEYWORD_FOLDER,
+    MANIFEST_FILE,
     MANIFEST_FORMAT,
     PROBE_FILE,
     Manifest,
@@ -165,7 +166,11 @@ def _refuse_taken(out: Path) -> None:
 def _writing(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` at the end, unless something is raised."""
     part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    if part.exists():  # of a build that was killed while it wrote
+        strange = {path.name for path in part.iterdir()} - {INDEX_FILE, PROBE_FILE, MANIFEST_FILE, KEYWORD_FOLDER}
+        if strange:
+            raise UserError(f"{part} is in the way and no rest of a build; move it, or choose another --out")
+        shutil.rmtree(part)
     part.mkdir(parents=True)
     try:
         yield part

@@ -23,6 +23,8 @@ def choose_device(name: str) -> str:
     """The device that "auto" means here; other names stay."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UserError(f"the device is {name!r}; choose auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"the device {name} is not there: torch sees no GPU; choose cpu or auto")
     return name
@@ -102,10 +104,10 @@ class Encoder:
         return torch.cat([self._encode_batch(token_ids[:middle]), self._encode_batch(token_ids[middle:])])
 
     def _forward(self, token_ids: list[list[int]]) -> torch.Tensor:
-        longest = max(map(len, token_ids))
+        longest = max(1, *map(len, token_ids))  # without special tokens an empty text is one padding token
         padding = self._tokenizer.pad_token_id or 0
         inputs = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in token_ids])  # [n, tokens]
-        lengths = torch.tensor([len(ids) for ids in token_ids]).unsqueeze(1)  # [n, 1]
+        lengths = torch.tensor([max(1, len(ids)) for ids in token_ids]).unsqueeze(1)  # [n, 1]
         mask = torch.arange(longest) < lengths  # [n, tokens]
         inputs, mask, lengths = inputs.to(self.device), mask.to(self.device), lengths.to(self.device)
         hidden = self._model(input_ids=inputs, attention_mask=mask.long()).last_hidden_state  # [n, tokens, dim]

@@ -53,7 +53,12 @@ def num_training_rows(factory: str, *, num_rows: int) -> int:
 
 
 def make_index(factory: str, *, dim: int, training: np.ndarray, use_gpu: bool) -> Any:
-    """An empty inner-product index. `training` is float32 [n, dim] and only read where the kind learns from data."""
+    """An empty inner-product index. `training` is float32 [n, dim] and only read where the kind learns from data.
+
+    `use_gpu` learns on all GPUs. Raises UserError if there is none, or nothing to learn.
+    """
+    if use_gpu and not factory.startswith("IVF"):
+        raise UserError(f"only IVF-PQ has something to learn on a GPU, {factory} has not; leave the index on the CPU")
     index: Any = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     if factory.startswith("HNSW"):
         index.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
@@ -74,8 +79,13 @@ def set_threads(count: int) -> None:
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Writes FAISS's own file."""
-    faiss.write_index(index, str(path))
+    """Writes FAISS's own file. Raises UserError if the disk does not take it."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise UserError(
+            f"cannot write {path}: {str(error).splitlines()[-1]}; make room, then run the same command"
+        ) from error
 
 
 def exact_neighbours(queries: np.ndarray, blocks: Iterable[np.ndarray], *, topk: int) -> np.ndarray:
@@ -172,6 +182,8 @@ def _take_shard(index: Any, shard: tuple[int, int]) -> tuple[Any, int]:
     else:
         raise UserError("only Flat and SQfp16 indexes can be split into shards; use one shard, and replicas")
     number, count = shard
+    if index.ntotal < count:
+        raise UserError(f"an index of {index.ntotal} passages cannot be split into {count} shards; use fewer")
     first, end = index.ntotal * number // count, index.ntotal * (number + 1) // count
     codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size).reshape(index.ntotal, -1)
     for start in range(first, end, SLICE_ROWS):

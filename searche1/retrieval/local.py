@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ async def open_local(settings: LocalSettings, *, observe: Observe) -> LocalSearc
     pools = [*([encoders] if encoders else []), *shards]
     reading = asyncio.to_thread(Corpus, settings.corpus, progress=Report("reading the corpus", unit="bytes"))
     try:
-        corpus, _ = await asyncio.gather(reading, asyncio.gather(*(pool.start() for pool in pools)))
+        corpus, *_ = await together(reading, *(pool.start() for pool in pools))
         if recipe is None or encoders is None:
             await _check_rows(settings, corpus, shards[0])
         else:
@@ -166,6 +166,17 @@ async def _check_vectors(settings: LocalSettings, corpus: Corpus, index: Pool, e
             f"the encoder {recipe.encoder!r} does not reproduce the index's vectors of {len(rows)} passages "
             f"(cosine {similarity:.4f}, needed {MIN_PROBE_SIMILARITY}); give the encoder, style and corpus of the build"
         )
+
+
+async def together(*work: Awaitable[Any]) -> list[Any]:
+    """The results of all; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def probe_rows(num_rows: int) -> list[int]:

@@ -27,6 +27,7 @@ from searche1.retrieval.workers import Pool, end_with_parent
 from searche1.types import UserError
 
 BACKLOG = 2048  # connections that wait to be accepted
+LOCAL_OPTIONS = ("corpus", "index", "encoder", "style", "encoders", "shards", "replicas", "index_device", "effort")
 SHUTDOWN_S = 30  # answers under way when it is asked to stop
 
 
@@ -125,8 +126,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _source(arguments: argparse.Namespace) -> LocalSettings | WebSettings:
     if arguments.searxng:
-        if arguments.corpus or arguments.index:
-            raise UserError("--searxng searches the web instead of a corpus; leave out --corpus and --index")
+        defaults = _parser()
+        for name in LOCAL_OPTIONS:
+            if getattr(arguments, name) != defaults.get_default(name):
+                raise UserError(f"--searxng searches the web, not a corpus; leave out --{name.replace('_', '-')}")
         return WebSettings(url=arguments.searxng)
     for name in ("corpus", "index"):
         if getattr(arguments, name) is None:
@@ -182,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="of encoder and reranker: auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto (float16 on a GPU, else float32), bfloat16, ...")
     group.add_argument("--encoders", type=int, default=1, help="encoder processes; with --device cuda on GPU 0, 1, ...")
-    group.add_argument("--index-device", default="cpu", help="cpu, or cuda: float16, spread over all GPUs (faiss-gpu)")
+    group.add_argument(
+        "--index-device", default="cpu", choices=("cpu", "cuda"), help="cuda: float16, over all GPUs (faiss-gpu)"
+    )
     group.add_argument("--shards", type=int, default=1, help="processes that the index is split over (Flat, SQfp16)")
     group.add_argument("--replicas", type=int, default=1, help="processes for each shard; they share its memory")
     group.add_argument("--threads", type=int, default=0, help="CPU threads of every process (default: all cores)")

@@ -186,6 +186,7 @@ class Pool:
         self._threads.shutdown(cancel_futures=True)
         self._fault = "it was stopped"
         self._alive.clear()
+        self._free.clear()
         async with self._changed:
             self._changed.notify_all()
 

@@ -7,18 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from searche1.retrieval.client import RetrieverClient
 from searche1.retrieval.launch import RetrieverServer, launch_retriever
+from searche1.retrieval.server import main
 from searche1.types import UserError
 
 PASSAGES = {
@@ -168,11 +172,15 @@ def test_a_launched_server_is_given_its_threads(server):
 
 
 @contextmanager
-def serving(built: tuple[Path, Path], *options: str, **popen: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    built: tuple[Path, Path] | None, *options: str, **popen: Any
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`searche1 retriever` as a user starts it, and its address; killed at the end."""
-    command = [sys.executable, "-m", "searche1", "retriever", f"--corpus={built[0]}", f"--index={built[1]}"]
+    command = [sys.executable, "-m", "searche1", "retriever", "--port=0"]
+    if built is not None:
+        command += [f"--corpus={built[0]}", f"--index={built[1]}", "--device=cpu"]
     process = subprocess.Popen(
-        [*command, "--device=cpu", "--port=0", *options],
+        [*command, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -244,6 +252,52 @@ def test_no_answer_is_lost_or_wrong_while_processes_are_killed_under_load(built)
     assert len(answers) == 8 * rounds
     assert all(QUESTIONS[query] == found for query, found in answers)
     assert sum(value for name, value in restarted.items() if "worker_restarts" in name) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--index=i"], "--corpus is missing"),
+        (["--corpus=c"], "--index is missing"),
+        (["--searxng=http://127.0.0.1:9", "--shards=2"], "leave out --shards"),
+        (["--searxng=127.0.0.1"], "the address of SearxNG"),
+        (["--corpus=c", "--index=i", "--topk=0"], "between 1 and 1000"),
+        (["--corpus=c", "--index=i", "--max-batch=0"], "--max-batch is 0"),
+        (["--corpus=c", "--index=i", "--open", "--token-file=t"], "give one of them"),
+        (["--corpus=c", "--index=nowhere"], "index not found: nowhere"),
+    ],
+)
+def test_options_that_cannot_work_are_told_in_one_line(options, reason, capsys, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):  # which it sets, and other tests must not inherit
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    assert main([*options, "--port=0"]) == 2
+    assert reason in capsys.readouterr().err
+
+
+class SearxNG(BaseHTTPRequestHandler):
+    """Finds one page for everything."""
+
+    def do_GET(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)["q"][0]
+        page = {"url": "https://example.org", "title": query, "content": "a page", "score": 2.0}
+        body = json.dumps({"results": [page], "unresponsive_engines": []}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_web_is_served_like_a_corpus():
+    with ThreadingHTTPServer(("127.0.0.1", 0), SearxNG) as searxng:
+        threading.Thread(target=searxng.serve_forever, daemon=True).start()
+        with serving(None, f"--searxng=http://127.0.0.1:{searxng.server_port}") as (process, url):
+            answer = post(url, {"queries": ["who?", "where?"], "topk": 3, "return_scores": True})
+            assert children(process.pid) == []
+        searxng.shutdown()
+    contents = ['"who?"\na page', '"where?"\na page']
+    assert answer == [[{"document": {"id": "https://example.org", "contents": c}, "score": 2.0}] for c in contents]
 
 
 def metrics(url: str) -> dict[str, float]:
