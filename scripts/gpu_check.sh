@@ -11,7 +11,8 @@ usage: scripts/gpu_check.sh [--out DIR] [CHECK ...]
   environment   torch sees the GPU; versions of everything that matters                                    60 s
   engine        an SGLang server starts on the GPU and samples from the shipped toy policy              480 s
   tests         pytest tests/gpu: bfloat16 and logprobs, layer specs, weights by CUDA handle compared
-                bit for bit in the engine, memory that comes free when it and the trainer sleep         480 s
+                bit for bit in the engine, memory that comes free when it and the trainer sleep; the
+                retriever's encoder in half precision and, with faiss-gpu, its index on the GPUs        480 s
   spec          Transformer Engine's layers against Megatron's own, same weights                        240 s
   sync          a weight sync of a 3B in GB/s beside a copy of the same bytes; bytes given by sleepers  420 s
   train         a GRPO and an OPSD step of a 3B: tokens/s, share of the GPU's peak, peak memory         420 s
