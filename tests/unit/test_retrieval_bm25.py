@@ -60,6 +60,18 @@ def test_a_query_without_a_known_word_finds_nothing(index):
     assert index.search(["nile"], 50)[1].shape == (1, 50)
 
 
+def test_equal_passages_come_in_the_corpuss_order_however_many_are_asked_for(tmp_path):
+    build_bm25(["a red boat", "the blue boat", "a red car"] * 500, tmp_path, progress=lambda _: None)
+    red = [row for row in range(1500) if row % 3 != 1]
+    for topk in (1, 3, 10, 400):
+        assert KeywordIndex(tmp_path).search(["RED"], topk)[1].tolist() == [red[:topk]]
+
+
+def test_a_passage_is_what_a_query_of_its_own_words_finds(index):
+    _, rows = index.search(TEXTS[:4], 1)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3]
+
+
 def test_the_same_corpus_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         build_bm25(iter(TEXTS), tmp_path / name, progress=lambda _: None)
