@@ -19,15 +19,15 @@ MAX_TOKENS = {"cpu": 1024, "cuda": 65_536}  # in a batch, padding included
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def choose_device(name: str) -> str:
-    """The device that "auto" means here; other names stay."""
+def choose_device(name: str, number: int = 0) -> str:
+    """The device of process `number`: "auto" is the GPUs if there are any, and "cuda" all of them in turn."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not name.startswith("cuda"):
         raise UserError(f"the device is {name!r}; choose auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"the device {name} is not there: torch sees no GPU; choose cpu or auto")
-    return name
+    return f"cuda:{number % torch.cuda.device_count()}" if name == "cuda" else name
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -49,10 +49,10 @@ def load_encoder(name_or_folder: str, device: str, *, style: str = "") -> Encode
 class Encoder:
     """A sentence encoder. Pooling and normalization are done in float32 whatever the model's dtype."""
 
-    def __init__(self, recipe: Recipe, device: str, dtype: str = "auto") -> None:
-        """`device` is "auto", "cpu", "cuda" or "cuda:N". Raises UserError."""
+    def __init__(self, recipe: Recipe, device: str, dtype: str = "auto", *, number: int = 0) -> None:
+        """`device` is "auto", "cpu", "cuda" or "cuda:N"; `number` is that of this process. Raises UserError."""
         self.recipe = recipe
-        self.device = choose_device(device)
+        self.device = choose_device(device, number)
         transformers.utils.logging.disable_progress_bar()  # loading takes a second
         path = minilm_path() if recipe.encoder == "minilm" else recipe.encoder
         try:

@@ -34,7 +34,7 @@ class LocalSettings:
 
     `index` is a folder of tools/build_index.py, which carries its recipe: `encoder` then only says where the same
     encoder lies now. A bare FAISS file, such as Search-R1's e5_Flat.index, carries none: `encoder` and `style` must
-    tell it. `encoders` processes encode queries, on GPUs in turn if `device` is "cuda". The index is split over
+    tell it. `encoders` processes encode queries, on the GPUs in turn if there are any. The index is split over
     `shards`, each of them in `replicas` processes.
     """
 
@@ -206,13 +206,14 @@ def _recipe_and_kind(settings: LocalSettings) -> tuple[Recipe | None, str]:
 
 def _encoder_pool(settings: LocalSettings, recipe: Recipe) -> Pool:
     def make(number: int) -> Callable[[], Any]:
-        device = f"cuda:{number}" if settings.device == "cuda" else settings.device
-        return partial(load_encoder, recipe, device, settings.dtype)
+        return partial(load_encoder, recipe, settings.device, settings.dtype, number)
 
     return Pool("encoder", make, size=settings.encoders, timeout_s=settings.timeout_s)
 
 
 def _vector_pools(settings: LocalSettings) -> list[Pool]:
+    if settings.index_device == "cuda" and settings.shards * settings.replicas > 1:
+        raise UserError("an index on the GPUs is spread over all of them by one process; use one shard and one replica")
     path = settings.index / INDEX_FILE if settings.index.is_dir() else settings.index
 
     def pool(number: int) -> Pool:
@@ -230,11 +231,11 @@ def _keyword_pools(settings: LocalSettings) -> list[Pool]:
     return [Pool("index", lambda _: make, size=settings.replicas, timeout_s=settings.timeout_s)]
 
 
-def load_encoder(recipe: Recipe, device: str, dtype: str) -> Any:
+def load_encoder(recipe: Recipe, device: str, dtype: str, number: int = 0) -> Any:
     """What an encoder process serves."""
     from searche1.retrieval.encoder import Encoder
 
-    return Encoder(recipe, device, dtype=dtype)
+    return Encoder(recipe, device, dtype, number=number)
 
 
 def load_vectors(path: Path, shard: tuple[int, int], device: str, effort: int) -> Any:

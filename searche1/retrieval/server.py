@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("where it is computed")
     group.add_argument("--device", default="auto", help="of encoder and reranker: auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto (float16 on a GPU, else float32), bfloat16, ...")
-    group.add_argument("--encoders", type=int, default=1, help="encoder processes; with --device cuda on GPU 0, 1, ...")
+    group.add_argument("--encoders", type=int, default=1, help="encoder processes, on the GPUs in turn (default 1)")
     group.add_argument(
         "--index-device", default="cpu", choices=("cpu", "cuda"), help="cuda: float16, over all GPUs (faiss-gpu)"
     )

@@ -265,6 +265,10 @@ def test_no_answer_is_lost_or_wrong_while_processes_are_killed_under_load(built)
         (["--corpus=c", "--index=i", "--max-batch=0"], "--max-batch is 0"),
         (["--corpus=c", "--index=i", "--open", "--token-file=t"], "give one of them"),
         (["--corpus=c", "--index=nowhere"], "index not found: nowhere"),
+        (
+            ["--corpus=c", f"--index={__file__}", "--encoder=minilm", "--index-device=cuda", "--shards=2"],
+            "one shard and",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_told_in_one_line(options, reason, capsys, monkeypatch):
