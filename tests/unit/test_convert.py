@@ -316,7 +316,10 @@ def test_ten_kills_at_random_moments_never_leave_a_folder_that_is_not_whole(dire
         time.sleep(dice.uniform(0, whole))
         process.kill()
         process.join()
-        killed += process.exitcode != 0
+        if process.exitcode != 0:
+            killed += 1
+        else:
+            whole *= 0.6  # the machine was busier when it was measured
         if out.exists():
             reader = TorchDistReader(out) if direction == "hf-to-megatron" else TorchDistReader(tmp_path / "checkpoint")
             dtypes = dict.fromkeys(hf_sizes(shape), torch.float32)
