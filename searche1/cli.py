@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["plan"]:  # takes options between its settings, which a subcommand's parser cannot
         planned = plan_parser().parse_intermixed_args(arguments[1:])
         return _guarded(lambda: _plan(planned))
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)  # settings may stand between options
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in parsed]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see `searche1 {' '.join(arguments[:1])} --help`")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     if parsed.run is None:
         parser.print_help()
         return 2
@@ -88,7 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
         ("cycle", "GRPO and OPSD rounds in turn, judged after each"),
         ("grpo", "one GRPO round"),
         ("opsd", "one OPSD round"),
-        ("eval", "held-out EM of a model"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--config", help="YAML file, such as configs/quickstart.yaml")
@@ -96,6 +99,43 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--model", default="", help="HuggingFace folder to start from (default model.path)")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
         command.set_defaults(run=_train, kind=name)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="judge any HuggingFace model on question files",
+        description="Ask a model every question and grade the answers: EM, F1 and sub-EM by source, with intervals, "
+        "beside the paper's tables. One process, no torchrun; engines take all GPUs of this machine. The same command "
+        "continues after a kill.",
+    )
+    evaluation.add_argument(
+        "--model", default="", help="HuggingFace folder or hub id (default: model.path of --config)"
+    )
+    evaluation.add_argument(
+        "--data", default="", help="question file or folder of them (default: data.test of --config)"
+    )
+    evaluation.add_argument("--config", help="YAML file with the retriever, prompts and limits to evaluate under")
+    evaluation.add_argument("--out", default="", help="folder for the results (default runs/eval/<model>-<method>)")
+    evaluation.add_argument(
+        "--method",
+        choices=("search", "direct", "rag"),
+        help="search: as trained (default); direct: no retrieval; rag: the question's passages in the prompt",
+    )
+    evaluation.add_argument("--sources", default="", help="only these data sources, such as nq,bamboogle")
+    evaluation.add_argument("--limit", type=int, help="only the first questions of each source")
+    evaluation.add_argument("--temperature", type=float, help="0 is greedy")
+    evaluation.add_argument("--samples", type=int, help="trajectories per question at a temperature over 0")
+    evaluation.add_argument(
+        "--like-search-r1",
+        action="store_true",
+        help="sample as Search-R1's evaluation does: temperature 1, top-p 0.95",
+    )
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
+    evaluation.set_defaults(run=_eval)
+
+    comparison = commands.add_parser("compare", help="paired test of two evaluations, or of two stages of runs")
+    comparison.add_argument("a", type=Path, help="folder of an evaluation, or of a judged stage: runs/NAME/start")
+    comparison.add_argument("b", type=Path)
+    comparison.set_defaults(run=_compare)
 
     commands.add_parser("retriever", help="serve a corpus over HTTP (see `searche1 retriever --help`)")
 
@@ -161,6 +201,45 @@ def _train(parsed: argparse.Namespace) -> None:
         run_cycle(config)
     else:
         run_single_stage(config, parsed.kind)
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    from searche1.config import load_config
+    from searche1.evaluation.run import default_out, run_eval
+
+    flags = {
+        "model.path": parsed.model,
+        "data.test": parsed.data,
+        "eval.method": parsed.method,
+        "eval.sources": f"[{parsed.sources}]" if parsed.sources else None,
+        "eval.limit": parsed.limit,
+        "eval.temperature": parsed.temperature,
+        "eval.samples": parsed.samples,
+    }
+    if parsed.like_search_r1:
+        if parsed.temperature not in (None, 1.0):
+            raise UserError(
+                f"--like-search-r1 samples at temperature 1, got --temperature {parsed.temperature:g}; drop one"
+            )
+        flags |= {"eval.temperature": 1.0, "rollout.top_p": 0.95}
+    given = [f"{key}={value}" for key, value in flags.items() if value not in (None, "")]
+    config = load_config(parsed.config, given + parsed.overrides)
+    if (parsed.samples or 0) > 1 and config.eval.temperature == 0:
+        raise UserError(
+            f"--samples {parsed.samples}: greedy trajectories of a question would all be the same; give --temperature "
+            "too, such as 1.0, or leave out --samples"
+        )
+    out = parsed.out
+    if not out and not any(override.startswith("run.out=") for override in parsed.overrides):
+        out = default_out(config)
+    run_eval(load_config(parsed.config, given + parsed.overrides + ([f"run.out={out}"] if out else [])))
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from searche1.evaluation.compare import print_comparison
+    from searche1.progress import open_console
+
+    print_comparison(parsed.a, parsed.b, open_console())
 
 
 def _report(parsed: argparse.Namespace) -> None:

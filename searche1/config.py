@@ -36,6 +36,16 @@ PRIVILEGED_USER = (
     "Read the reference carefully and make sure you understand why each step was taken. "
     "Then attempt the same question yourself, in your own words, following the required format above."
 )
+DIRECT_USER = (
+    "Answer the given question. "
+    "Give the final answer inside <answer> and </answer>, without detailed illustrations. "
+    "For example, <answer> Beijing </answer>. Question: {question}\n"
+)
+RAG_USER = (
+    "Answer the given question with the help of the documents. "
+    "Give the final answer inside <answer> and </answer>, without detailed illustrations. "
+    "For example, <answer> Beijing </answer>. Documents:\n{documents}\nQuestion: {question}\n"
+)
 INVALID_ACTION = (
     "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. "
     "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
@@ -111,6 +121,8 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class PromptConfig:
     user: str = SEARCH_R1_USER  # {question}; Eq. 3
+    direct: str = DIRECT_USER  # {question}; the baseline without retrieval, wording ours
+    rag: str = RAG_USER  # {question} and {documents}; the baseline that retrieves once, wording ours
     teacher: str = PRIVILEGED_USER  # {student_prompt} or {question}, and {reference}; Eq. 4, wording ours
     document: str = "Doc {rank}(Title: {title}) {text}\n"  # one passage of an observation (Search-R1)
     information: str = "\n\n<information>{documents}</information>\n\n"  # an observation (Search-R1)
@@ -193,6 +205,9 @@ class OPSDConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
+    method: str = "search"  # search: as trained; direct: no retrieval; rag: the question's passages in the prompt
+    sources: list[str] = field(default_factory=list)  # data sources to evaluate; empty takes all
+    limit: int = 0  # first questions of each source; 0 takes all
     temperature: float = 0.0  # 0 is greedy
     samples: int = 1  # trajectories per question at temperature > 0
     greedy: bool = True  # also evaluate greedily when temperature > 0
@@ -281,6 +296,7 @@ CHOICES = {
     "opsd.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.lr_decay": ("constant", "linear"),
     "pairs.text": ("full", "policy"),
+    "eval.method": ("search", "direct", "rag"),
 }
 # Settings that may be 0, where 0 means "none" or "choose"; every other number must be positive.
 MAY_BE_ZERO = {
@@ -304,6 +320,7 @@ MAY_BE_ZERO = {
     "pairs.min_ref_searches",
     "opsd.weight_decay",
     "opsd.teacher_check_questions",
+    "eval.limit",
     "eval.temperature",
     "eval.validation_temperature",
 }

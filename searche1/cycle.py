@@ -9,14 +9,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from searche1.config import Config
 from searche1.data import load_questions, write_groups
-from searche1.evaluate import EvalResult, format_table, stage_row, summarize
+from searche1.evaluation.scores import GROUPS_FILE, scores_of
+from searche1.evaluation.stages import format_table, stage_row
+from searche1.evaluation.summary import EvalResult, summarize
 from searche1.grpo import run_grpo_round
 from searche1.opsd import run_opsd_round
 from searche1.report.page import write_report
@@ -87,17 +89,14 @@ def is_finished(config: Config) -> bool:
 
 
 def run_single_stage(config: Config, kind: str) -> None:
-    """One "grpo" or "opsd" round, or only an "eval", from model.path. Collective."""
-    config = replace(
-        config, cycle=replace(config.cycle, evaluate_stages=config.cycle.evaluate_stages or kind == "eval")
-    )
+    """One "grpo" or "opsd" round from model.path. Collective."""
     if kind == "grpo":
         check_batch_size(config)
-    needs = {"grpo": ["train"], "opsd": ["train", "validation"], "eval": []}[kind]
+    needs = {"grpo": ["train"], "opsd": ["train", "validation"]}[kind]
     if config.cycle.evaluate_stages:
         needs.append("test")
     with open_session(config, needs=needs) as session:
-        train = {"grpo": _grpo(session, 0), "opsd": _opsd(session, 0), "eval": None}[kind]
+        train = {"grpo": _grpo(session, 0), "opsd": _opsd(session, 0)}[kind]
         run_stage(session, Stage(kind, train), session.model_path)
         session.from_writer(lambda: show_table(session.run.directory))
 
@@ -139,7 +138,7 @@ def run_stage(session: Session, stage: Stage, model: Path) -> Path:
 
     def declare_finished() -> None:
         outputs = {"hf": trained} if stage.train else {}
-        for name in ("eval.json", "eval_groups.jsonl.gz", "pairs.jsonl", "adapter", "teacher_check.json"):
+        for name in ("eval.json", GROUPS_FILE, "pairs.jsonl", "adapter", "teacher_check.json"):
             if (folder / name).exists():
                 outputs[name] = folder / name
         metrics = {"em": row.em, "mean_searches": row.mean_searches} if row else {}
@@ -174,8 +173,8 @@ def judge(session: Session, model: Path, name: str, started: float) -> StageRow:
         )
 
     groups = rollout(settings.temperature, settings.samples if settings.temperature > 0 else 1)
-    greedy = summarize(rollout(0.0, 1)) if settings.greedy and settings.temperature > 0 else None
-    result = summarize(groups)
+    greedy = summarize(scores_of(rollout(0.0, 1))) if settings.greedy and settings.temperature > 0 else None
+    result = summarize(scores_of(groups))
     row = stage_row(name, result, temperature=settings.temperature, greedy=greedy, seconds=time.monotonic() - started)
     session.from_writer(lambda: _record(session, name, groups, result, greedy, row))
     return row
@@ -185,7 +184,7 @@ def _record(
     session: Session, name: str, groups: list[Group], result: EvalResult, greedy: EvalResult | None, row: StageRow
 ) -> None:
     folder = session.run.stage_dir(name)
-    write_groups(folder / "eval_groups.jsonl.gz", groups)
+    write_groups(folder / GROUPS_FILE, groups)
     atomic_write_json(
         folder / "eval.json", {"sampled": result.to_json(), "greedy": greedy.to_json() if greedy else None}
     )
@@ -214,7 +213,7 @@ def show_table(directory: Path) -> None:
     summary = read_summary(directory)
     if not summary.stages:
         return
-    last = directory / summary.stages[-1].name / "eval_groups.jsonl.gz"
+    last = directory / summary.stages[-1].name / GROUPS_FILE
     page = write_report(directory, examples=last if last.is_file() else None)
     console = Console(highlight=False)
     console.print()

@@ -20,25 +20,14 @@ PARQUET_COLUMNS = ("data_source", "question", "reward_model", "extra_info")
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """The questions of a .jsonl or Search-R1 .parquet file, in its order.
+    """The questions of a .jsonl or Search-R1 .parquet file, in its order; of a folder's files, in order of name.
 
     Raises UserError, naming line or row, on anything that is missing, empty or there twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"question file not found: {path}; give an existing .jsonl or .parquet file "
-            "(Search-R1's parquet files are read as they are)"
-        )
-    if path.suffix == ".jsonl":
-        placed = _jsonl_questions(path)
-    elif path.suffix == ".parquet":
-        placed = _parquet_questions(path)
-    else:
-        raise UserError(f"{path} ends in {path.suffix!r}; questions are read from .jsonl or Search-R1 .parquet files")
     first_place: dict[str, str] = {}
     questions = []
-    for place, question in placed:
+    for place, question in itertools.chain.from_iterable(map(_placed_questions, question_files(path))):
         if question.key in first_place:
             raise UserError(
                 f"{place}: the question {question.key!r} is already at {first_place[question.key]}; "
@@ -49,6 +38,30 @@ def load_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise UserError(f"{path} holds no questions; give a file with at least one")
     return questions
+
+
+def question_files(path: Path) -> list[Path]:
+    """The file itself, or the question files in a folder. Raises UserError if there is none."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
+        if not files:
+            raise UserError(f"{path} holds no .jsonl and no .parquet file; give a question file or a folder of them")
+        return files
+    if not path.is_file():
+        raise UserError(
+            f"question file not found: {path}; give an existing .jsonl or .parquet file "
+            "(Search-R1's parquet files are read as they are)"
+        )
+    return [path]
+
+
+def _placed_questions(path: Path) -> Iterator[tuple[str, Question]]:
+    """(where it stands, the question) of each in a file."""
+    if path.suffix == ".jsonl":
+        return _jsonl_questions(path)
+    if path.suffix == ".parquet":
+        return _parquet_questions(path)
+    raise UserError(f"{path} ends in {path.suffix!r}; questions are read from .jsonl or Search-R1 .parquet files")
 
 
 def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:

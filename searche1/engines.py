@@ -15,7 +15,7 @@ from searche1.policy import Policy
 from searche1.ranks import Ranks
 from searche1.rollout.engine import Engine
 from searche1.rollout.places import EnginePlace, engine_places, own_address
-from searche1.rollout.servers import Servers, make_servers, start_engine_at, start_retriever
+from searche1.rollout.servers import Servers, longest_context, make_servers, start_engine_at, start_retriever
 from searche1.sync import Link, send_weights
 
 
@@ -69,6 +69,7 @@ class Engines:
                         config,
                         model_path=model_path,
                         dtype=dtype,
+                        context_length=longest_context(config) + config.rollout.max_response_tokens,
                         log_dir=directory / "logs",
                         host=host,
                         can_sleep=is_shared,

@@ -23,7 +23,8 @@ from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import ClippedKL
 from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
 from searche1.data import load_questions, read_groups, shuffled, write_groups
-from searche1.evaluate import summarize
+from searche1.evaluation.scores import scores_of
+from searche1.evaluation.summary import summarize
 from searche1.metrics import Phases
 from searche1.packing import Sample, make_pair_batches, padded_length, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
@@ -351,7 +352,7 @@ def validation_em(session: Session, *, stage: str, step: int) -> float:
         seed=config.run.seed * 1_000_003 + 900_001,  # the same draws for every candidate
         title=f"{stage} validation at step {step}",
     )
-    return summarize(groups).macro_em
+    return summarize(scores_of(groups)).macro_em
 
 
 # -- the teacher check ----------------------------------------------------------------------------

@@ -45,40 +45,13 @@ from megatron_ext.peft_io import fingerprint, write_peft_folder
 from megatron_ext.training import gradients, run_schedule, wrap_data_parallel
 from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_loss, linear_token_logprobs, token_loss
 from searche1.config import TrainConfig
+from searche1.models import choose_dtype
 from searche1.packing import PackedBatch
 from searche1.types import UserError
 
 # (hidden states of the rows [R, H], micro-batch number) -> (loss, metrics). Metrics are sums over rows of
 # weighted values, so they add up over micro-batches and ranks; names ending in "_max" take the maximum.
 LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
-
-
-def resolve_model(path: str) -> Path:
-    """The local folder of a HuggingFace model; a hub id is downloaded on first use. Raises UserError."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise UserError(
-            f"model.path={path!r} is neither a folder nor a model that can be downloaded ({type(error).__name__}); "
-            "give an existing HuggingFace folder, or check the name and the network"
-        ) from error
-
-
-def train_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs and float32 on CPUs unless told."""
-    names = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }
-    if train.dtype not in names:
-        raise UserError(f"train.dtype must be one of {sorted(names)}, got {train.dtype!r}")
-    return names[train.dtype]
 
 
 def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
@@ -100,7 +73,7 @@ def read_shape(model_path: Path) -> ModelShape:
 
 
 def model_settings(train: TrainConfig, layout: Layout) -> ModelSettings:
-    return ModelSettings(train_dtype(train, layout.device), train.recompute)
+    return ModelSettings(choose_dtype(train.dtype, layout.device.type), train.recompute)
 
 
 @contextlib.contextmanager
@@ -134,7 +107,7 @@ class Policy:
         self.model_path = model_path
         self.version = 0  # counts updates; every completion carries the version that sampled it
         self._train = train
-        self.dtype = train_dtype(train, layout.device)
+        self.dtype = choose_dtype(train.dtype, layout.device.type)
         try:
             self.shape = read_shape(model_path)
             self._model = build_model(self.shape, model_settings(train, layout), layout)

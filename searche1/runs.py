@@ -157,6 +157,14 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Raises UserError if the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it, or delete it with what was made of it") from error
+
+
 @contextmanager
 def only_run_in(directory: Path) -> Iterator[None]:
     """Keeps a second process out of a run directory, made if it is missing. Raises UserError if one is in it."""
@@ -331,9 +339,9 @@ def write_manifest(
     manifest = {
         "stage": stage,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "inputs": {name: {"path": str(path), "files": _file_records(Path(path))} for name, path in inputs.items()},
+        "inputs": {name: {"path": str(path), "files": file_records(Path(path))} for name, path in inputs.items()},
         "outputs": {
-            name: {"path": path.relative_to(stage_dir).as_posix(), "files": _file_records(path)}
+            name: {"path": path.relative_to(stage_dir).as_posix(), "files": file_records(path)}
             for name, path in outputs.items()
         },
         "config": asdict(config),
@@ -373,7 +381,7 @@ def _fault(file: Path, record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _file_records(path: Path) -> list[dict[str, Any]]:
+def file_records(path: Path) -> list[dict[str, Any]]:
     """Every file in a folder, or the file itself, which has the relative path "."; empty for a hub id."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     records = []

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -29,11 +29,12 @@ from searche1.config import Config
 from searche1.data import load_questions
 from searche1.engines import Engines, places_of
 from searche1.metrics import MetricsLog
+from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
 from searche1.packing import Sample, make_batches, padded_length, row_weights, sharing_of
 from searche1.planner.fit import WITHOUT_GPU, fit_to_gpu, leaves_open, with_train
 from searche1.planner.hardware import GPUS, Assumptions, Cluster
-from searche1.policy import Policy, check_model, read_shape, resolve_model, train_dtype
-from searche1.prompts import encode_prompt
+from searche1.policy import Policy, check_model, read_shape
+from searche1.progress import progress_line
 from searche1.ranks import Ranks
 from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.sampler import Rollouts, Sampler, Start
@@ -50,21 +51,10 @@ MAX_RESTARTS = 3  # of engines in one rollout: a fault that comes back is not me
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
-def choose_device(wanted: str) -> str:
-    """cpu or cuda. Raises UserError when a GPU is asked for and none is there."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"run.device must be auto, cpu or cuda, got {wanted!r}")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda but torch sees no GPU; use run.device=cpu, or run `searche1 doctor`")
-    if wanted == "cpu" and torch.cuda.is_available():
-        raise UserError("run.device=cpu but torch sees a GPU, and SGLang would take it; set CUDA_VISIBLE_DEVICES=''")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
 def check_before_start(config: Config, model_path: Path, layout: Layout, needs: Sequence[str]) -> None:
     """Everything that can be found wrong in a second, before minutes of start-up. Raises UserError."""
     check_model(model_path, layout, config.train)
-    check_tokenizer(model_path, config)
+    load_tokenizer(model_path, config.prompt)
     for name in needs:
         path = getattr(config.data, name)
         if not path:
@@ -90,19 +80,6 @@ def check_before_start(config: Config, model_path: Path, layout: Layout, needs: 
             f"engine.max_total_tokens={config.engine.max_total_tokens} cannot hold one sequence of {needed} tokens; "
             f"raise it, or lower rollout.max_context_tokens and opsd.max_teacher_tokens"
         )
-
-
-def check_tokenizer(model_path: Path, config: Config) -> None:
-    """Raises UserError if the model's folder has no tokenizer that can write its prompts."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model_path} holds no readable tokenizer: {str(error).splitlines()[0]}") from error
-    # A folder without tokenizer files loads as a tokenizer that knows no word.
-    if not encode_prompt(config.prompt.user, tokenizer):
-        raise UserError(f"{model_path} holds no tokenizer: prompts become no tokens; copy its tokenizer files there")
 
 
 class Session:
@@ -150,7 +127,7 @@ class Session:
             self.ranks,
             model_path=self.model_path,
             device=self.layout.device,
-            dtype=str(train_dtype(config.train, self.layout.device)).removeprefix("torch."),
+            dtype=str(choose_dtype(config.train.dtype, self.layout.device.type)).removeprefix("torch."),
             directory=self.run.directory,
             stack=stack,
             tell=self.tell,
@@ -355,34 +332,6 @@ def allow_open_files(wanted: int) -> None:
     wanted = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-
-
-@contextlib.contextmanager
-def progress_line(
-    console: Console, title: str, beat: Callable[[], None]
-) -> Iterator[Callable[[int, int, float], None]]:
-    """A line that says how far a long rollout is; rewritten in place on a terminal, every 10 s elsewhere."""
-    started = last = time.monotonic()
-    is_terminal = console.is_terminal
-
-    def progress(done: int, total: int, mean_reward: float) -> None:
-        nonlocal last
-        beat()
-        now = time.monotonic()
-        if now - last < (0.5 if is_terminal else 10.0):
-            return
-        last = now
-        line = f"  {title}: {done}/{total} trajectories  EM {mean_reward:.3f}  {now - started:.0f} s"
-        if is_terminal:
-            sys.stdout.write(f"\r{line}\033[K")
-            sys.stdout.flush()
-        else:
-            console.print(line, markup=False)
-
-    yield progress
-    if is_terminal:
-        sys.stdout.write("\r\033[K")
-        sys.stdout.flush()
 
 
 @contextlib.contextmanager

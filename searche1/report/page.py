@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from searche1.data import read_groups
-from searche1.evaluate import table_cells
+from searche1.evaluation.stages import table_cells
 from searche1.metrics import read_metrics
 from searche1.report.plots import DARK, LIGHT, Theme, curve_png, training_panels, training_png, write_curve
 from searche1.runs import StageRow, atomic_write_text, read_summary

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from searche1.progress import Report, duration
 from searche1.retrieval.corpus import Corpus
 from searche1.retrieval.local import load_encoder, probe_rows
 from searche1.retrieval.manifest import (
@@ -25,7 +26,6 @@ from searche1.retrieval.manifest import (
     Manifest,
     write_manifest,
 )
-from searche1.retrieval.progress import Report, duration
 from searche1.retrieval.recipe import Recipe
 from searche1.retrieval.vectors import Job, VectorFiles, encode_missing, open_vectors
 from searche1.retrieval.workers import Worker, WorkerDied

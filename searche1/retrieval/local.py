@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from searche1.progress import Report
 from searche1.retrieval.backend import Answer, SearchFault, in_halves
 from searche1.retrieval.client import Passage
 from searche1.retrieval.corpus import Corpus
 from searche1.retrieval.manifest import INDEX_FILE, KEYWORD_FOLDER, PROBE_FILE, check_corpus, read_manifest
-from searche1.retrieval.progress import Report
 from searche1.retrieval.ranking import merge
 from searche1.retrieval.recipe import Recipe, choose_recipe
 from searche1.retrieval.workers import Pool

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from searche1.progress import Report
 from searche1.retrieval.corpus import Corpus
-from searche1.retrieval.progress import Report
 from searche1.retrieval.recipe import Recipe
 from searche1.retrieval.workers import Worker, WorkerDied, WorkerFailed
 from searche1.types import UserError

@@ -24,6 +24,7 @@ from searche1.types import Completion, Group, Question, Span, Trajectory, UserEr
 T = TypeVar("T")
 Place = tuple[int, int]  # number of the start, number of the sample of it
 Progress = Callable[[int, int, float], None]  # trajectories done, in all, mean reward of those done
+Take = Callable[[Place, Trajectory], None]
 
 
 class TextEngine(Protocol):
@@ -64,20 +65,36 @@ class Rollouts:
 
     starts: Sequence[Start]
     samples: int  # trajectories of each start
-    done: dict[Place, tuple[Trajectory, float]] = field(default_factory=dict)
+    take: Take | None = None  # gets what is done, which is not kept here then: it may be more than memory holds
+    rewards: dict[Place, float | None] = field(default_factory=dict)  # of those done; None where a fault ended it
+    trajectories: dict[Place, Trajectory] = field(default_factory=dict)
     states: dict[Place, protocol.State] = field(default_factory=dict)
+
+    def finish(self, place: Place, trajectory: Trajectory) -> float | None:
+        """Scores it, and keeps it or hands it on; returns its reward, None for a fault."""
+        is_fault = trajectory.status == "error"
+        reward = None if is_fault else em_reward(trajectory, self.starts[place[0]].question)
+        if self.take is not None:
+            self.take(place, trajectory)
+        else:
+            self.trajectories[place] = trajectory
+        self.rewards[place] = reward
+        self.states.pop(place, None)
+        return reward
 
     def left(self) -> list[Place]:
         """Trajectories that are not done, group by group."""
         places = ((i, sample) for i in range(len(self.starts)) for sample in range(self.samples))
-        return [place for place in places if place not in self.done]
+        return [place for place in places if place not in self.rewards]
 
     def groups(self) -> list[Group]:
         """All of them, in order, once they are done."""
+        assert self.take is None, "what was handed on is not here"
         groups = []
         for i, start in enumerate(self.starts):
-            trajectories, rewards = zip(*(self.done[i, sample] for sample in range(self.samples)), strict=True)
-            groups.append(Group(start.question, trajectories, rewards))
+            places = [(i, sample) for sample in range(self.samples)]
+            trajectories = tuple(self.trajectories[place] for place in places)
+            groups.append(Group(start.question, trajectories, tuple(self.rewards[place] or 0.0 for place in places)))
         return groups
 
 
@@ -122,24 +139,27 @@ class Sampler:
         `rollouts` may go on with new engines. The same seed gives the same draws to the same question, sample and
         turn; starts of one question share them.
         """
+        self.run(rollouts, temperature=temperature, seed=seed, progress=progress)
+        return rollouts.groups()
+
+    def run(self, rollouts: Rollouts, *, temperature: float, seed: int, progress: Progress | None = None) -> None:
+        """As `sample`, for rollouts that hand on their trajectories."""
         assert rollouts.samples > 0
         asyncio.run(self._sample(rollouts, temperature, seed, progress))
-        return rollouts.groups()
 
     async def _sample(self, rollouts: Rollouts, temperature: float, seed: int, progress: Progress | None) -> None:
         tally = _Tally(
             total=len(rollouts.starts) * rollouts.samples, max_errors=self.rollout.max_errors, progress=progress
         )
-        for trajectory, reward in rollouts.done.values():
-            tally.add(trajectory, reward)
+        for reward in rollouts.rewards.values():
+            tally.add(reward, "(of an earlier try)")
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def roll_out(place: Place) -> None:
                 start = rollouts.starts[place[0]]
                 draw = partial(turn_seed, seed, start.question, place[1])
                 trajectory = await self._trajectory(session, rollouts, place, temperature, draw)
-                rollouts.done[place] = trajectory, em_reward(trajectory, start.question)
-                tally.add(*rollouts.done[place])
+                tally.add(rollouts.finish(place, trajectory), trajectory.error)
 
             left = rollouts.left()
             at_once = min(self.rollout.max_in_flight * len(self.fleet.engines), len(left))
@@ -247,12 +267,12 @@ class _Tally:
         self._first_error = ""
         self._reward = 0.0
 
-    def add(self, trajectory: Trajectory, reward: float) -> None:
+    def add(self, reward: float | None, error: str) -> None:
         self._num_done += 1
-        self._reward += reward
-        if trajectory.status == "error":
+        self._reward += reward or 0.0
+        if reward is None:
             self._num_errors += 1
-            self._first_error = self._first_error or trajectory.error
+            self._first_error = self._first_error or error
         if self._num_errors > self._max_errors * self.total:
             raise UserError(
                 f"{self._num_errors} of {self.total} trajectories failed, more than rollout.max_errors "

@@ -46,14 +46,7 @@ def make_servers(config: Config, engines: Sequence[Engine], *, retriever_url: st
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
     fleet = Fleet(engines)
-    retriever = RetrieverClient(
-        url=retriever_url,
-        topk=config.retriever.topk,
-        timeout_s=config.retriever.timeout_s,
-        retries=config.retriever.retries,
-        deadline_s=config.retriever.deadline_s,
-        token=retriever_token(config),
-    )
+    retriever = make_retriever_client(config, retriever_url)
 
     def sampler(rollout: RolloutConfig) -> Sampler:
         return Sampler(fleet=fleet, retriever=retriever, tokenizer=tokenizer, rollout=rollout, prompt=config.prompt)
@@ -70,7 +63,15 @@ def make_servers(config: Config, engines: Sequence[Engine], *, retriever_url: st
 
 
 def start_engine_at(
-    place: EnginePlace, config: Config, *, model_path: Path, dtype: str, log_dir: Path, host: str, can_sleep: bool
+    place: EnginePlace,
+    config: Config,
+    *,
+    model_path: Path,
+    dtype: str,
+    context_length: int,
+    log_dir: Path,
+    host: str,
+    can_sleep: bool,
 ) -> Engine:
     """Start one engine on this node and return at once. Raises UserError."""
     return start_engine(
@@ -83,7 +84,7 @@ def start_engine_at(
         mem_fraction=config.engine.mem_fraction,
         max_total_tokens=config.engine.max_total_tokens,
         max_running=config.engine.max_running,
-        context_length=longest_context(config) + config.rollout.max_response_tokens,
+        context_length=context_length,
         attention_backend=config.engine.attention_backend,
         sampling_backend=config.engine.sampling_backend,
         cuda_graph=config.engine.cuda_graph,
@@ -115,6 +116,18 @@ def start_retriever(config: Config, *, log_dir: Path, stack: contextlib.ExitStac
         url = server.url
     check_retriever(url, config)
     return url
+
+
+def make_retriever_client(config: Config, url: str) -> RetrieverClient:
+    """A client with the run's patience."""
+    return RetrieverClient(
+        url=url,
+        topk=config.retriever.topk,
+        timeout_s=config.retriever.timeout_s,
+        retries=config.retriever.retries,
+        deadline_s=config.retriever.deadline_s,
+        token=retriever_token(config),
+    )
 
 
 def check_retriever(url: str, config: Config) -> None:

@@ -143,7 +143,7 @@ def test_continuing_a_run_with_other_settings_is_refused(
 @pytest.mark.slow
 def test_engine_and_trainer_that_disagree_stop_the_run(toy_world: Path, tmp_path: Path) -> None:
     arguments = [*settings(toy_world, tmp_path / "run"), "train.sync_tolerance=1e-12"]
-    message = refused("eval", "--config", FAST, *arguments)
+    message = refused("grpo", "--config", FAST, *arguments)
     assert "after the weight sync engine 0 and the trainer differ" in message and "train.sync_tolerance" in message
 
 

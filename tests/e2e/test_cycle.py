@@ -120,17 +120,17 @@ def test_pipeline_stages_feed_two_engines_that_different_ranks_lead(
     finished: tuple[Path, str], toy_world: Path, tmp_path: Path
 ) -> None:
     given = [*settings(toy_world, tmp_path / "run"), *STRICT, "parallel.pipeline=3", "engine.count=2"]
-    result = torchrun(3, "eval", "--config", FAST, "--model", str(finished[0] / "final"), *given)
+    result = torchrun(3, "grpo", "--config", FAST, "--model", str(POLICY), *given)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert ems(tmp_path / "run")["eval"] == pytest.approx(ems(finished[0])["cycle0/opsd"], abs=0.02)
+    assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)
 
 
 def test_an_engine_elsewhere_takes_weights_from_a_folder(
     finished: tuple[Path, str], toy_world: Path, tmp_path: Path
 ) -> None:
-    """It was started with the toy policy, and samples with the final model's weights."""
+    """It was started with the final model, and samples with the weights of the trainer that starts from the policy."""
     with start_engine(
-        model_path=POLICY,
+        model_path=finished[0] / "final",
         device="cpu",
         dtype="float32",
         tensor=1,
@@ -145,9 +145,9 @@ def test_an_engine_elsewhere_takes_weights_from_a_folder(
     ) as engine:
         engine.wait_until_ready(timeout_s=300)
         given = [*settings(toy_world, tmp_path / "run"), f"engine.urls=[{engine.url}]"]
-        result = searche1("eval", "--config", FAST, "--model", str(finished[0] / "final"), *given)
+        result = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert ems(tmp_path / "run")["eval"] == pytest.approx(ems(finished[0])["cycle0/opsd"], abs=0.02)
+        assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)
         engine.stop()
-        again = searche1("eval", "--config", FAST, "--model", str(POLICY), *given, f"run.out={tmp_path / 'other'}")
+        again = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given, f"run.out={tmp_path / 'other'}")
         assert again.returncode == 2 and "was not ready within 10 s" in again.stderr

@@ -166,11 +166,11 @@ def test_what_was_sampled_survives_the_last_engine(clock):
     rollouts = Rollouts(sampler.starts(QUESTIONS[:16]), 5)
     with pytest.raises(NoEngineLeft, match="killed"):
         sampler.sample(rollouts, temperature=1.0, seed=0)
-    done = dict(rollouts.done)
+    done = dict(rollouts.trajectories)
     assert 0 < len(done) < 80 and any(state.spans for state in rollouts.states.values())
     again = sampler_of([SimulatedEngine()])
     assert again.sample(rollouts, temperature=1.0, seed=0) == whole
-    assert all(rollouts.done[place][0] is trajectory for place, (trajectory, _) in done.items())
+    assert all(rollouts.trajectories[place] is trajectory for place, trajectory in done.items())
 
 
 def test_a_refusal_is_a_fault_of_its_trajectory_and_not_of_the_engine(clock):

@@ -16,8 +16,9 @@ from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import close_parallel, init_parallel
 from searche1.config import TrainConfig
+from searche1.models import choose_dtype, resolve_model
 from searche1.packing import Sample, Sharing, make_batches, pack, row_weights
-from searche1.policy import Policy, read_shape, resolve_model, train_dtype
+from searche1.policy import Policy, read_shape
 from searche1.types import UserError
 
 TRAIN = TrainConfig(max_tokens=64, logits_chunk=8)
@@ -212,7 +213,7 @@ def test_unknown_choices_name_the_known_ones(make_policy, layout):
     with pytest.raises(UserError, match=r"recompute must be one of .*'full', 'none', 'selective'.*got 'ful'"):
         make_policy(train=replace(TRAIN, recompute="ful"))
     with pytest.raises(UserError, match=r"train\.dtype must be one of .*got 'fp32'"):
-        train_dtype(replace(TRAIN, dtype="fp32"), layout.device)
+        choose_dtype("fp32", "cpu")
 
 
 def test_a_folder_of_another_family_is_refused_as_a_users_mistake(make_policy, tmp_path):

@@ -43,13 +43,13 @@ from searche1.colocation import Colocation, Phase
 from searche1.config import Config, EngineConfig, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.engines import free_gpu_bytes
 from searche1.grpo import grpo_step
+from searche1.models import choose_device
 from searche1.opsd import TrainedPair, opsd_step
 from searche1.packing import Sample
 from searche1.planner.hardware import GPUS
 from searche1.policy import Policy
 from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.places import engine_places
-from searche1.session import choose_device
 from searche1.sync import Link, send_weights
 from searche1.types import Group, Question, Span, Trajectory
 

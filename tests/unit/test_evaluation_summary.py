@@ -1,12 +1,16 @@
 import io
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from searche1.evaluate import bootstrap_means, format_table, stage_row, summarize
+from searche1.evaluation import summary
+from searche1.evaluation.intervals import bootstrap_means
+from searche1.evaluation.scores import scores_of
+from searche1.evaluation.stages import format_table, stage_row
 from searche1.types import Group, Question, Span, Trajectory, UserError
 
 ANSWER = Span("policy", "answer", (1, 2, 3), (-0.1,) * 3, "<answer>x</answer>")
@@ -17,11 +21,21 @@ def answered(num_searches=0):
     return Trajectory((0,), (*SEARCH * num_searches, ANSWER), "answered")
 
 
+def wrong(trajectory):
+    spans = (replace(span, text=span.text.replace("x", "y")) for span in trajectory.spans)
+    return replace(trajectory, spans=tuple(spans))
+
+
 FAULTY = Trajectory((0,), (), "error", error="the engine is gone")
 LOST = Trajectory((0,), (Span("policy", "final", (1,), (-0.1,), "hm"),), "unanswered")
 
 
+def summarize(groups, **options):
+    return summary.summarize(scores_of(groups), **options)
+
+
 def group(key, *pairs, source="nq"):
+    pairs = [(wrong(trajectory) if reward == 0.0 else trajectory, reward) for trajectory, reward in pairs]
     trajectories, rewards = zip(*pairs, strict=True)
     return Group(Question(key, "q?", ("x",), source), trajectories, rewards)
 
@@ -50,7 +64,7 @@ BENCHMARKS = {
 def test_all_51713_questions_of_the_seven_benchmarks_count_once_each():
     one = answered()
     groups = [
-        Group(Question(str(i), "q?", ("x",), source), (one,), (float(i % 4 == 0),))
+        group(str(i), (one, float(i % 4 == 0)), source=source)
         for source, size in BENCHMARKS.items()
         for i in range(size)
     ]

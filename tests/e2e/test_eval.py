@@ -1,0 +1,122 @@
+"""`searche1 eval` with every real part: engine, retriever, tiny policy; killed, continued, compared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import POLICY, ROOT, searche1
+
+from searche1.evaluation.answers import read_answers
+from searche1.retrieval.launch import launch_retriever
+from searche1.rollout.engine import start_engine
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def servers(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Settings that name an engine and a retriever that are up, so that not every command waits for its own."""
+    logs = tmp_path_factory.mktemp("servers")
+    with start_engine(
+        model_path=POLICY,
+        device="cpu",
+        dtype="float32",
+        tensor=1,
+        port=0,
+        seed=0,
+        mem_fraction=0.2,
+        max_total_tokens=60000,
+        max_running=128,
+        context_length=1000,
+        attention_backend="",
+        log_path=logs / "engine.log",
+    ) as engine:
+        retriever = launch_retriever(
+            corpus=str(toy_world / "corpus.jsonl"),
+            index=str(toy_world / "index"),
+            topk=3,
+            port=0,
+            log_path=logs / "retriever.log",
+            device="cpu",
+            encoder="",
+            style="",
+            threads=1,
+            start_timeout_s=120,
+        )
+        engine.wait_until_ready(timeout_s=300)
+        yield [f"engine.urls=[{engine.url}]", f"retriever.url={retriever.url}"]
+        retriever.stop()
+
+
+def command(world: Path, out: Path, *arguments: str) -> list[str]:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    flags = ["--config", config, "--model", str(POLICY), "--data", str(world / "test.jsonl"), "--out", str(out)]
+    return ["eval", *flags, *arguments]
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_killed_evaluation_goes_on_and_finds_what_an_unbroken_one_finds(
+    toy_world: Path, servers: list[str], tmp_path: Path
+) -> None:
+    asked = [*servers, "--temperature", "1.0", "--samples", "3"]
+    whole = searche1(*command(toy_world, tmp_path / "whole", *asked))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+
+    broken = tmp_path / "broken"
+    file = broken / "answers.jsonl.gz"
+    slow = [*command(toy_world, broken, *asked), "rollout.max_in_flight=8"]  # so that there is a middle to be killed in
+    process = subprocess.Popen(
+        [sys.executable, "-m", "searche1", *slow],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not file.exists() or file.stat().st_size == 0:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    num_before = len(list(read_answers(file)))
+    assert 0 < num_before < 900
+
+    again = searche1(*command(toy_world, broken, *asked))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{num_before:,} of 900 trajectories are in {broken}" in again.stdout
+    answers = [(answer.question.key, answer.sample) for answer in read_answers(file)]
+    assert len(answers) == len(set(answers)) == 900
+    for key in ("average_em", "sources", "macro_em_by_sample"):
+        assert results(broken)[key] == results(tmp_path / "whole")[key]
+    assert 0 < results(broken)["average_em"] < 1
+
+    done = searche1(*command(toy_world, broken, *asked))
+    assert done.returncode == 0 and "ready" not in done.stdout  # only the table, from what is there
+
+    compared = searche1("compare", str(tmp_path / "whole"), str(broken))
+    assert compared.returncode == 0 and "+0.000" in compared.stdout and "do not tell" in compared.stdout
+
+
+def test_retrieval_augmented_generation_reads_passages_and_never_searches(
+    toy_world: Path, servers: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    chosen = ["--method", "rag", "--temperature", "0", "--limit", "5", "--sources", "one_hop"]
+    done = searche1(*command(toy_world, out, *servers, *chosen))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(out)["overall"]["num_questions"] == 5 and results(out)["overall"]["mean_searches"] == 0
+    assert min(len(answer.trajectory.prompt_ids) for answer in read_answers(out / "answers.jsonl.gz")) > 60
+
+
+def test_direct_generation_starts_an_engine_of_its_own_and_no_retriever(toy_world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = searche1(*command(toy_world, out, "--method", "direct", "--temperature", "0", "--limit", "5"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(out)["overall"]["num_questions"] == 10
+    assert [path.name for path in (out / "logs").iterdir()] == ["engine0.log"]
