@@ -23,6 +23,7 @@ from searche1.grpo import run_grpo_round
 from searche1.opsd import run_opsd_round
 from searche1.report.page import write_report
 from searche1.runs import (
+    PAIR_KL_FILE,
     StageRow,
     add_stage_row,
     atomic_write_json,
@@ -138,7 +139,7 @@ def run_stage(session: Session, stage: Stage, model: Path) -> Path:
 
     def declare_finished() -> None:
         outputs = {"hf": trained} if stage.train else {}
-        for name in ("eval.json", GROUPS_FILE, "pairs.jsonl", "adapter", "teacher_check.json"):
+        for name in ("eval.json", GROUPS_FILE, "pairs.jsonl", "adapter", "teacher_check.json", PAIR_KL_FILE):
             if (folder / name).exists():
                 outputs[name] = folder / name
         metrics = {"em": row.em, "mean_searches": row.mean_searches} if row else {}
@@ -213,8 +214,7 @@ def show_table(directory: Path) -> None:
     summary = read_summary(directory)
     if not summary.stages:
         return
-    last = directory / summary.stages[-1].name / GROUPS_FILE
-    page = write_report(directory, examples=last if last.is_file() else None)
+    page = write_report(directory)
     console = Console(highlight=False)
     console.print()
     console.print(format_table(summary.stages))

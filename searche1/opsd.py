@@ -30,7 +30,7 @@ from searche1.packing import Sample, make_pair_batches, padded_length, row_weigh
 from searche1.policy import Policy
 from searche1.prompts import teacher_prompt
 from searche1.rollout.sampler import Start
-from searche1.runs import atomic_write_json, atomic_write_text
+from searche1.runs import PAIR_KL_FILE, atomic_write_json, atomic_write_text
 from searche1.session import Session
 from searche1.types import Group, Question, Trajectory, UserError
 
@@ -135,6 +135,7 @@ class TrainedPair:
 
     student: Sample
     teacher: Sample
+    question: str  # its key
 
 
 def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, lr: float) -> dict[str, float]:
@@ -162,6 +163,56 @@ def opsd_step(policy: Policy, pairs: Sequence[TrainedPair], *, config: Config, l
         return value, opsd_metrics(kl, weights)
 
     return policy.train_step([student for student, _ in batches], loss, lr=lr)
+
+
+# -- what a pair teaches, token by token ----------------------------------------------------------
+
+NUM_SHOWN_PAIRS = 64  # of a round, for whoever reads the report
+
+
+@dataclass(frozen=True)
+class TokenKL:
+    """KL(teacher || student) at every policy token of a pair's student trajectory, in nats, unclipped."""
+
+    question: str
+    before: tuple[float, ...]  # without the adapter
+    after: tuple[float, ...]  # with the one that was kept
+
+
+def token_kls(policy: Policy, pairs: Sequence[TrainedPair], config: Config) -> list[TokenKL]:
+    """Two forward passes over the first pairs of a round, for the policy's present adapter. Collective."""
+    students = [pair.student for pair in pairs]
+    sharing = sharing_of(policy.layout)
+    batches = make_pair_batches(  # every data-parallel rank takes all of them
+        students,
+        [pair.teacher for pair in pairs],
+        [1.0] * len(pairs),
+        max_tokens=max(config.train.max_tokens, padded_length(config.opsd.max_teacher_tokens, sharing)),
+        rank=0,
+        num_ranks=1,
+        sharing=sharing,
+    )
+    packed = [student for student, _ in batches]
+
+    def values(teacher_rows: Sequence[Tensor]) -> list[list[float]]:
+        rows = policy.kl_rows(packed, teacher_rows, temperature=config.opsd.temperature)
+        return policy.by_sample(packed, rows, num_samples=len(pairs))
+
+    with policy.adapter_disabled():
+        teacher_rows = policy.hidden_rows([teacher for _, teacher in batches])
+        before = values(teacher_rows)
+    after = values(teacher_rows)
+    return [TokenKL(pair.question, tuple(b), tuple(a)) for pair, b, a in zip(pairs, before, after, strict=True)]
+
+
+def write_token_kls(path: Path, found: Sequence[TokenKL]) -> None:
+    """A JSON line a pair, to a tenth of a millinat."""
+
+    def rounded(values: Sequence[float]) -> list[float]:
+        return [round(value, 4) for value in values]
+
+    lines = ({"question": kl.question, "before": rounded(kl.before), "after": rounded(kl.after)} for kl in found)
+    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # -- the round ------------------------------------------------------------------------------------
@@ -209,6 +260,9 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
     best = train_adapter(session, policy, trained, fresh=fresh, stage=stage, round_index=round_index)
     session.to_trainer(policy)
     policy.restore(best)
+    shown = token_kls(policy, trained[:NUM_SHOWN_PAIRS], config)
+    if session.layout.is_writer:
+        write_token_kls(folder / PAIR_KL_FILE, shown)
     policy.save_adapter(folder / "adapter")
     policy.save_hf(folder / "hf")
     return folder / "hf"
@@ -275,7 +329,7 @@ def trained_pairs(session: Session, pairs: Sequence[Pair]) -> list[TrainedPair]:
         text = teacher_prompt(pair.question.text, pair.reference.text, session.config.prompt)
         teacher = sample_of(pair.student, session.servers.encode(text))
         if teacher.num_inputs <= limit:
-            kept.append(TrainedPair(student=sample_of(pair.student), teacher=teacher))
+            kept.append(TrainedPair(sample_of(pair.student), teacher, pair.question.key))
     if len(kept) < len(pairs):
         session.tell(f"  {len(pairs) - len(kept)} pairs dropped: longer than opsd.max_teacher_tokens={limit}")
     if not kept:

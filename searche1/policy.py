@@ -190,6 +190,22 @@ class Policy:
         found = self._forward(batches, lambda hidden, index: (hidden.new_zeros(()), hidden))
         return [self._all_rows(batch, rows) for batch, rows in zip(batches, found, strict=bool(found))]
 
+    @torch.no_grad()
+    def kl_rows(
+        self, batches: Sequence[PackedBatch], teacher_rows: Sequence[Tensor], *, temperature: float
+    ) -> list[Tensor]:
+        """Unclipped KL(teacher || this policy) of this rank's rows, float32 [R] per micro-batch; `teacher_rows` are
+        `hidden_rows` of the same pairs. Collective.
+        """
+
+        def rows(hidden: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            teacher = teacher_rows[index][batches[index].row_numbers.to(hidden.device)]
+            weights = torch.ones(len(hidden), device=hidden.device)
+            _, found = self.kl_loss(hidden, teacher, weights, kl_clip=float("inf"), temperature=temperature)
+            return hidden.new_zeros(()), found.kl
+
+        return self._forward(batches, rows)
+
     def _all_rows(self, batch: PackedBatch, values: Tensor) -> Tensor:
         """Values [R, ...] of this rank's rows as those of all rows of the pack, [N, ...]. Collective over context."""
         if self.layout.context == 1:

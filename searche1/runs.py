@@ -85,6 +85,7 @@ RECORDED_PACKAGES = (
     "numpy",
 )
 RECORDED_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE")
+PAIR_KL_FILE = "pair_kl.jsonl"  # of an OPSD stage
 CHECKSUM_LIMIT_BYTES = 64 * 2**20  # larger files are recorded by size only
 
 

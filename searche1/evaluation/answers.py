@@ -18,6 +18,7 @@ from types import TracebackType
 
 from searche1.types import Question, Trajectory, UserError, question_from_json, trajectory_from_json
 
+ANSWERS_FILE = "answers.jsonl.gz"
 MEMBER_TRAJECTORIES = 64
 MEMBER_AGE_S = 10.0  # no finished trajectory stays in memory alone for longer, while others finish
 READ_BYTES = 1 << 20

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from searche1.config import SEARCH_R1_USER, Config, RolloutConfig
 from searche1.data import load_questions
-from searche1.evaluation.answers import Answer, AnswerFile, read_answers
+from searche1.evaluation.answers import ANSWERS_FILE, Answer, AnswerFile, read_answers
 from searche1.evaluation.results import Provenance, write_results
 from searche1.evaluation.scores import SCORES_FILE, Score, score, write_scores
 from searche1.evaluation.summary import summarize
@@ -42,7 +42,6 @@ from searche1.rollout.servers import make_retriever_client, start_engine_at, sta
 from searche1.runs import atomic_write_json, file_records, only_run_in, open_run, read_json
 from searche1.types import Question, Trajectory, UserError
 
-ANSWERS_FILE = "answers.jsonl.gz"
 MAX_RESTARTS = 3  # of engines: a fault that comes back is not mended by another start
 LOOKUPS_AT_ONCE = 256
 

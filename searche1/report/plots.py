@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -34,9 +38,17 @@ DARK = Theme(ink="#e6edf3", quiet="#3d444d", paper="#0d1117", first="#56B4E9", s
 TRAINING = (
     ("em", "EM of the rollouts"),
     ("mean_searches", "searches per rollout"),
+    ("mean_response_tokens", "tokens per rollout"),
+    ("tokens_per_s", "policy tokens per second"),
     ("kl", "KL"),
+    ("entropy", "entropy"),
+    ("clip_fraction", "clipped share"),
     ("grad_norm", "gradient norm"),
+    ("validation_em", "validation EM of adapters"),
+    ("peak_memory_gb", "peak memory of rank 0, GB"),
 )
+PANELS_A_ROW = 4
+PHASE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#999999")
 
 
 def write_curve(rows: Sequence[StageRow], path: Path) -> None:
@@ -47,6 +59,10 @@ def write_curve(rows: Sequence[StageRow], path: Path) -> None:
 
 def curve_png(rows: Sequence[StageRow], theme: Theme) -> bytes:
     """Held-out EM with its 95 % intervals, and mean searches, by stage."""
+    return _png(curve_figure(rows, theme))
+
+
+def curve_figure(rows: Sequence[StageRow], theme: Theme) -> Figure:
     figure = Figure(figsize=(10, 4), dpi=144, layout="constrained", facecolor=theme.paper)
     em, searches = figure.subplots(1, 2, width_ratios=(3, 2))
     places = range(len(rows))
@@ -87,7 +103,7 @@ def curve_png(rows: Sequence[StageRow], theme: Theme) -> bytes:
     for axes in (em, searches):
         axes.set_xticks(places, [row.name.replace("/", "\n") for row in rows])
         axes.set_xlim(-0.3, len(rows) - 0.7)
-    return _png(figure)
+    return figure
 
 
 def _em_line(
@@ -110,11 +126,16 @@ def training_panels(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(key, title) for key, title in TRAINING if any(row["values"].get(key) is not None for row in metrics)]
 
 
-def training_png(metrics: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], theme: Theme) -> bytes:
+def training_figure(metrics: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], theme: Theme) -> Figure:
     """What each step measured, over all stages in turn."""
-    figure = Figure(figsize=(10, 2.8), dpi=144, layout="constrained", facecolor=theme.paper)
+    columns = min(PANELS_A_ROW, len(panels))
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(10, 2.4 * num_rows), dpi=144, layout="constrained", facecolor=theme.paper)
+    every = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    for unused in every[len(panels) :]:
+        unused.set_visible(False)
     starts = [place for place, row in enumerate(metrics) if place and row["stage"] != metrics[place - 1]["stage"]]
-    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (key, title) in zip(every, panels, strict=False):
         measured = [
             (place, row["stage"], row["values"][key])
             for place, row in enumerate(metrics, start=1)
@@ -129,7 +150,43 @@ def training_png(metrics: Sequence[dict[str, Any]], panels: Sequence[tuple[str, 
         axes.set_xlim(0, len(metrics) + 1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         _finish(axes, title, theme)
-    return _png(figure)
+    return figure
+
+
+def timing_figure(seconds: Mapping[str, Mapping[str, float]], theme: Theme) -> Figure:
+    """A bar for each stage: how its steps' seconds split over phases."""
+    phases = list(dict.fromkeys(name for spent in seconds.values() for name in spent))
+    figure = Figure(figsize=(10, 0.9 + 0.42 * len(seconds)), dpi=144, layout="constrained", facecolor=theme.paper)
+    axes = figure.subplots()
+    left = [0.0] * len(seconds)
+    for number, phase in enumerate(phases):
+        widths = [spent.get(phase, 0.0) for spent in seconds.values()]
+        colour = PHASE_COLOURS[number % len(PHASE_COLOURS)]
+        axes.barh(list(seconds), widths, left=left, label=phase, color=colour, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.legend(frameon=False, labelcolor=theme.ink, ncols=min(4, len(phases)), fontsize=9, loc="best")
+    _finish(axes, "Seconds of all steps, by phase", theme)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=theme.quiet, linewidth=0.6)
+    return figure
+
+
+def inline_svg(draw: Callable[[Theme], Figure], description: str) -> str:
+    """A figure for a page: its colours are the page's own variables, so it turns dark with the page."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": description, "font.family": "sans-serif"}):
+        figure = draw(LIGHT)
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for name in ("ink", "quiet", "paper", "first", "second", "third"):
+        text = re.sub(re.escape(getattr(LIGHT, name)), f"var(--{name})", text, flags=re.IGNORECASE)
+    head, _, rest = text.partition(">")
+    head = re.sub(r' (width|height|xmlns(:\w+)?)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{html.escape(description)}">{rest}'
 
 
 def _finish(axes: Axes, title: str, theme: Theme) -> None:

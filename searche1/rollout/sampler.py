@@ -152,7 +152,7 @@ class Sampler:
             total=len(rollouts.starts) * rollouts.samples, max_errors=self.rollout.max_errors, progress=progress
         )
         for reward in rollouts.rewards.values():
-            tally.add(reward, "(of an earlier try)")
+            tally.count(reward, "(of an earlier try)")
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def roll_out(place: Place) -> None:
@@ -268,6 +268,12 @@ class _Tally:
         self._reward = 0.0
 
     def add(self, reward: float | None, error: str) -> None:
+        """Counts one that is done, and tells."""
+        self.count(reward, error)
+        if self._progress is not None:
+            self._progress(self._num_done, self.total, self._reward / max(1, self._num_done - self._num_errors))
+
+    def count(self, reward: float | None, error: str) -> None:
         self._num_done += 1
         self._reward += reward or 0.0
         if reward is None:
@@ -278,5 +284,3 @@ class _Tally:
                 f"{self._num_errors} of {self.total} trajectories failed, more than rollout.max_errors "
                 f"({self._max_errors:g}) allows; mend the engine or the retriever. The first fault: {self._first_error}"
             )
-        if self._progress is not None:
-            self._progress(self._num_done, self.total, self._reward / max(1, self._num_done - self._num_errors))

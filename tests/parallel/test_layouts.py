@@ -165,6 +165,17 @@ def test_all_metrics_of_all_updates_are_the_same(results, layout, stage, model):
 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)
+def test_the_kl_of_every_token_is_the_same_and_its_mean_is_what_the_first_update_said(results, layout, model):
+    expected, found = (updates(results(name) / model, "token_kls") for name in ("single", layout))
+    for one, other in zip(found, expected, strict=True):
+        for when in ("before", "after"):
+            assert one[when] == pytest.approx(other[when], rel=1e-2, abs=1e-4)
+    means = [sum(pair["before"]) / len(pair["before"]) for pair in found]
+    assert sum(means) / len(means) == pytest.approx(updates(results("single") / model, "opsd")[0]["kl"], rel=1e-3)
+    assert all(sum(pair["after"]) != sum(pair["before"]) for pair in found)
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
 @pytest.mark.parametrize("stage", ["grpo", "opsd"])
 def test_weights_move_in_the_same_way(results, layout, stage, model):
     single = results("single") / model

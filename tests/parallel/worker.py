@@ -9,6 +9,7 @@ layout, whose checkpoints are continued.
 import json
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
-from searche1.opsd import TrainedPair, opsd_step
+from searche1.opsd import TrainedPair, opsd_step, token_kls
 from searche1.packing import Sample
 from searche1.policy import Policy, read_shape
 from searche1.types import Group, Question, Span, Trajectory
@@ -71,6 +72,7 @@ def pairs(generator: random.Random) -> list[TrainedPair]:
             TrainedPair(
                 student=Sample(t.prompt_ids, t.response_ids, t.policy_mask),
                 teacher=Sample(ids(generator, 20), t.response_ids, t.policy_mask),
+                question="nq:0",
             )
         )
     return made
@@ -106,6 +108,7 @@ def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> No
     distilled = pairs(generator)
     metrics["opsd"] = [opsd_step(policy, distilled, config=CONFIG, lr=1e-2) for _ in range(3)]
     exported["opsd"] = copied(policy)
+    metrics["token_kls"] = [asdict(kl) for kl in token_kls(policy, distilled, CONFIG)]
     policy.save_adapter(out / "adapter")
     policy.save_checkpoint(out / "adapter_checkpoint", step=3)
     policy = Policy(**options, lora=LoraSettings(rank=4, alpha=8, seed=1))

@@ -61,7 +61,7 @@ def pairs() -> list[TrainedPair]:
     made = []
     for _ in range(2):
         response = ids(8)
-        made.append(TrainedPair(Sample(ids(5), response, (True,) * 8), Sample(ids(12), response, (True,) * 8)))
+        made.append(TrainedPair(Sample(ids(5), response, (True,) * 8), Sample(ids(12), response, (True,) * 8), "nq:0"))
     return made
 
 
