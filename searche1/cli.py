@@ -145,6 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path, help="run directory, or folder of an evaluation")
     report.set_defaults(run=_report)
 
+    watching = commands.add_parser("watch", help="a run's stages, curves and times, as they come")
+    watching.add_argument("run_dir", type=Path, help="run directory; another process writes it")
+    watching.add_argument("--once", action="store_true", help="draw once and end")
+    watching.set_defaults(run=_watch)
+
     commands.add_parser("doctor", help="check this machine and say what to mend").set_defaults(run=_doctor)
 
     config = commands.add_parser("config", help="print every setting with its value and meaning")
@@ -240,6 +245,13 @@ def _compare(parsed: argparse.Namespace) -> None:
     from searche1.progress import open_console
 
     print_comparison(parsed.a, parsed.b, open_console())
+
+
+def _watch(parsed: argparse.Namespace) -> None:
+    from searche1.progress import open_console
+    from searche1.screen import watch
+
+    watch(parsed.run_dir, open_console(), is_once=parsed.once)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ class RunConfig:
     out: str = "runs/search-e1"  # run directory; everything a run writes is inside
     seed: int = 0  # data order, sampling, initialisation
     device: str = "auto"  # auto, cpu or cuda
+    wandb: str = ""  # project at Weights & Biases; empty sends nothing
 
 
 @dataclass(frozen=True)

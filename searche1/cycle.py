@@ -34,6 +34,7 @@ from searche1.runs import (
     write_manifest,
 )
 from searche1.session import Session, is_first_process, open_session
+from searche1.timeline import merge_traces
 from searche1.types import Group, UserError
 
 
@@ -133,9 +134,13 @@ def run_stage(session: Session, stage: Stage, model: Path) -> Path:
     if stage.train is not None:
         session.tell(f"\n== {stage.name} ==")
         if not session.from_writer(trained.is_dir):
-            stage.train(model, stage.name)
+            with session.timeline(stage.name):
+                stage.train(model, stage.name)
         outgoing = trained
-    row = judge(session, outgoing, stage.name, started) if session.config.cycle.evaluate_stages else None
+    row = None
+    if session.config.cycle.evaluate_stages:
+        with session.timeline(f"{stage.name}: judge"):
+            row = judge(session, outgoing, stage.name, started)
 
     def declare_finished() -> None:
         outputs = {"hf": trained} if stage.train else {}
@@ -206,6 +211,7 @@ def finish(session: Session, model: Path) -> None:
         shutil.copytree(model, partial)
         partial.rename(final)
     set_final_model(session.run)
+    merge_traces(session.run.directory)
     show_table(session.run.directory)
 
 

@@ -173,7 +173,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
         start=first_step,
     )
     for step in range(first_step, settings.steps):
-        phases = Phases()
+        phases = session.phases(stage, step + 1)
         with phases("sync"):
             session.sync(policy, stage=stage)
         with phases("rollout"):

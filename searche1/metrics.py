@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from searche1.types import Group
+from searche1.types import Group, UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,31 +34,104 @@ LINE = (
 class Phases:
     """Seconds spent in named parts of a step: `with phases("rollout"): ...`. A name used twice adds up.
 
-    CUDA work is counted where the host waits for it.
+    CUDA work is counted where the host waits for it. `timeline` gets each part as an event with `details`.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        timeline: Callable[..., AbstractContextManager[None]] | None = None,
+        **details: Any,
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self._clock = clock
+        self._event = functools.partial(timeline, **details) if timeline is not None else None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         began = self._clock()
         try:
-            yield
+            with self._event(name) if self._event is not None else nullcontext():
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - began
+
+
+class Tracker(Protocol):
+    """A service that keeps curves, such as Weights & Biases."""
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases: one run for the whole cycle, metrics named after their stage, each stage with its own step.
+
+    The run's id is kept in the run directory, so that a continued run goes on there. Raises UserError.
+    """
+
+    def __init__(self, *, project: str, directory: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb  # in no lock: who wants it has it
+        except ImportError as error:
+            raise UserError(
+                f"run.wandb={project!r} asks for Weights & Biases, which is not installed; "
+                "`pip install wandb`, or leave run.wandb empty: TensorBoard files are written in any case"
+            ) from error
+        id_file = directory / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=directory.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=str(directory),
+                config=dict(config),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases cannot be reached ({error}); log in with `wandb login`, or set WANDB_MODE=offline "
+                "and send the files later with `wandb sync`"
+            ) from error
+        self._stages: set[str] = set()
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class MetricsLog:
     """Appends steps to metrics.jsonl and to TensorBoard beside it (tb/<stage>/), and prints a line for each.
 
+    `memory` gives the peak in GB, `on_step` is called when a step is on disk, `tracker` gets every step as well.
+
     A run that goes on after a kill repeats the steps since its last checkpoint: `read_metrics` keeps
     the later ones, and TensorBoard hides the earlier.
     """
 
-    def __init__(self, path: Path, *, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        console: Console | None = None,
+        memory: Callable[[], float] | None = None,
+        tracker: Tracker | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self._path = path
+        self._memory = memory
+        self._tracker = tracker
+        self._on_step = on_step
         self._console = console or Console(highlight=False)
         self._writers: dict[str, SummaryWriter] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +141,12 @@ class MetricsLog:
         self, *, stage: str, step: int, num_steps: int, values: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
         """Records step `step` (from 1) of `num_steps`. A value that is not finite is null in the file."""
+        if self._memory is not None:
+            values = {**values, "peak_memory_gb": self._memory()}
         row = {
             "stage": stage,
             "step": step,
+            "num_steps": num_steps,
             "time": time.time(),
             "values": {name: _finite(value) for name, value in values.items()},
             "seconds": dict(seconds),
@@ -81,12 +159,17 @@ class MetricsLog:
         for name, value in seconds.items():
             writer.add_scalar(f"seconds/{name}", value, step)
         writer.flush()
+        if self._tracker is not None:
+            self._tracker.log(stage, step, {**values, **{f"seconds/{name}": spent for name, spent in seconds.items()}})
         line = step_line(stage=stage, step=step, num_steps=num_steps, values=values, seconds=seconds)
         self._console.print(line, markup=False, soft_wrap=True)
+        self._on_step()
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _writer(self, stage: str, *, first_step: int) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
@@ -123,8 +206,9 @@ def step_line(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; of steps that were run twice, the later."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    """The rows of metrics.jsonl in order; of steps that were run twice, the later. A line being written is left out."""
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    rows = (json.loads(line) for line in whole.splitlines())
     return list({(row["stage"], row["step"]): row for row in rows}.values())
 
 

@@ -25,7 +25,6 @@ from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
 from searche1.data import load_questions, read_groups, shuffled, write_groups
 from searche1.evaluation.scores import scores_of
 from searche1.evaluation.summary import summarize
-from searche1.metrics import Phases
 from searche1.packing import Sample, make_pair_batches, padded_length, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.prompts import teacher_prompt
@@ -356,7 +355,7 @@ def train_adapter(
     session.tell(f"{stage} step 0/{len(order)}  validation EM {best_em:.3f} (adapter off)")
     best = fresh
     for step, members in enumerate(order, start=1):
-        phases = Phases()
+        phases = session.phases(stage, step)
         with phases("train"):
             session.to_trainer(policy)
             lr = decayed(settings.lr, settings.lr_decay, step=step - 1, num_steps=len(order))

@@ -52,11 +52,16 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_line(
-    console: Console, title: str, beat: Callable[[], None] = lambda: None
+    console: Console,
+    title: str,
+    beat: Callable[[], None] = lambda: None,
+    *,
+    show: Callable[[str], None] | None = None,
 ) -> Iterator[Callable[[int, int, float], None]]:
     """A line that says how far a long rollout is; rewritten in place on a terminal, every 10 s elsewhere.
 
-    What it yields takes trajectories done, in all, and their mean reward; `beat` is called each time.
+    What it yields takes trajectories done, in all, and their mean reward; `beat` is called each time. `show` takes the
+    line instead of the terminal.
     """
     started = last = time.monotonic()
     is_terminal = console.is_terminal
@@ -75,7 +80,9 @@ def progress_line(
         left = f", {duration((total - done) / rate)} left" if done < total else ""
         spent = duration(now - started)
         line = f"  {title}: {done:,}/{total:,} trajectories  EM {mean_reward:.3f}  {rate:,.0f}/s  {spent}{left}"
-        if is_terminal:
+        if show is not None:
+            show(line.strip())
+        elif is_terminal:
             sys.stdout.write(f"\r{line}\033[K")
             sys.stdout.flush()
         else:
@@ -84,6 +91,8 @@ def progress_line(
     try:
         yield progress
     finally:
-        if is_terminal:
+        if show is not None:
+            show("")
+        elif is_terminal:
             sys.stdout.write("\r\033[K")
             sys.stdout.flush()

@@ -43,6 +43,7 @@ HARMLESS_KEYS = frozenset(
         "engine.sync_bucket_mb",
         "engine.start_timeout_s",
         "engine.request_timeout_s",
+        "run.wandb",
         "retriever.url",
         "retriever.port",
         "retriever.timeout_s",

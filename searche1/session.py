@@ -28,7 +28,7 @@ from searche1.colocation import Phase
 from searche1.config import Config
 from searche1.data import load_questions
 from searche1.engines import Engines, places_of
-from searche1.metrics import MetricsLog
+from searche1.metrics import MetricsLog, Phases, Tracker, WandbTracker
 from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
 from searche1.packing import Sample, make_batches, padded_length, row_weights, sharing_of
 from searche1.planner.fit import WITHOUT_GPU, fit_to_gpu, leaves_open, with_train
@@ -40,6 +40,8 @@ from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.sampler import Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
 from searche1.runs import Run, only_run_in, open_run
+from searche1.screen import Screen
+from searche1.timeline import Timeline
 from searche1.types import Group, Question, SharedError, UserError
 
 T = TypeVar("T")
@@ -116,9 +118,18 @@ class Session:
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
         self.run: Run = self.from_writer(lambda: self._open_run(settings, stack))
         self.metrics: MetricsLog | None = None  # on rank 0
+        self.timeline = Timeline(self.run.directory, rank=self.ranks.rank)
+        self.screen = Screen(self.console, self.run.directory)
         if self.layout.is_writer:
-            log = MetricsLog(self.run.metrics_path, console=self.console)
+            log = MetricsLog(
+                self.run.metrics_path,
+                console=self.console,
+                memory=lambda: peak_memory_gb(self.layout.device),
+                on_step=self.screen.step,
+                tracker=self._tracker(),
+            )
             self.metrics = stack.enter_context(contextlib.closing(log))
+            stack.enter_context(self.screen)
         started = time.monotonic()
         number = len(config.engine.urls) or len(places_of(config, device=device, world_size=self.ranks.world_size))
         self.tell(f"starting {number} SGLang engine(s) and the retriever, logs in {self.run.directory / 'logs'}")
@@ -157,6 +168,11 @@ class Session:
     def _open_run(self, settings: Config, stack: contextlib.ExitStack) -> Run:
         stack.enter_context(only_run_in(Path(settings.run.out)))
         return open_run(settings.run.out, settings)
+
+    def _tracker(self) -> Tracker | None:
+        project, directory = self.config.run.wandb, self.run.directory
+        settings = dataclasses.asdict(self.config)
+        return WandbTracker(project=project, directory=directory, config=settings) if project else None
 
     def _prompts(self, file: str) -> list[tuple[int, ...]]:
         assert self.servers is not None
@@ -300,7 +316,8 @@ class Session:
         def run() -> list[Group] | None:
             assert work is not None
             sampler, rollouts = work
-            with progress_line(self.console, title, self.ranks.beat) as progress:
+            show = self.screen.status if self.screen.is_on else None
+            with progress_line(self.console, title, self.ranks.beat, show=show) as progress:
                 try:
                     return sampler.sample(rollouts, temperature=temperature, seed=seed, progress=progress)
                 except NoEngineLeft as error:
@@ -312,9 +329,14 @@ class Session:
                     return None
 
         attempts: list[str] = []
-        while (groups := self.from_writer(run)) is None:
-            self.sync(policy, stage=stage)
+        with self.timeline(title):
+            while (groups := self.from_writer(run)) is None:
+                self.sync(policy, stage=stage)
         return groups
+
+    def phases(self, stage: str, step: int) -> Phases:
+        """A step's stopwatch, whose parts are on this rank's timeline too."""
+        return Phases(timeline=self.timeline, stage=stage, step=step)
 
     def _remember_for_probe(self, groups: Sequence[Group]) -> None:
         found = (
@@ -324,6 +346,13 @@ class Session:
             if trajectory.status != "error"
         )
         self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has held: of GPU memory by torch, or of the machine's memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def allow_open_files(wanted: int) -> None:

@@ -1,13 +1,14 @@
 import io
 import json
 import math
+import sys
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from searche1.metrics import MetricsLog, Phases, read_metrics, rollout_metrics, step_line
-from searche1.types import Group, Question, Span, Trajectory
+from searche1.metrics import MetricsLog, Phases, WandbTracker, read_metrics, rollout_metrics, step_line
+from searche1.types import Group, Question, Span, Trajectory, UserError
 
 
 def policy(kind, num_tokens=2, is_truncated=False):
@@ -131,3 +132,27 @@ def test_a_run_that_was_killed_in_a_line_goes_on_and_its_repeated_steps_count_on
     log.close()
     assert "dropped a line" in printed.getvalue()
     assert [(row["step"], row["values"]["em"]) for row in read_metrics(path)] == [(1, 0.1), (2, 0.9)]
+
+
+# -- Weights & Biases -----------------------------------------------------------------------------
+
+
+def test_asking_for_weights_and_biases_without_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install wandb"):
+        WandbTracker(project="p", directory=tmp_path, config={})
+
+
+def test_weights_and_biases_gets_every_step_under_its_stage_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        tracker = WandbTracker(project="p", directory=tmp_path, config={"grpo": {"lr": 1.0}})
+        tracker.log("cycle0/grpo", step, {"em": 0.5})
+        ids.append(wandb.run.id)
+        assert wandb.run.summary["cycle0/grpo/em"] == 0.5 and wandb.run.config["grpo"] == {"lr": 1.0}
+        tracker.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2

@@ -1,6 +1,12 @@
 """A report in a real browser: filter, trajectory, tokens, comparison, pair. Skipped where there is no Chromium."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools" / "bench"))
+
 from browser import CHROMIUM, open_browser
 from run_directory import fill, trajectory
 

@@ -12,24 +12,20 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+from browser import open_browser
 
-from browser import open_browser  # noqa: E402
-
-from searche1.data import write_groups  # noqa: E402
-from searche1.report import page as pages  # noqa: E402
-from searche1.report.gather import gather  # noqa: E402
-from searche1.report.page import write_report  # noqa: E402
-from searche1.runs import Run, StageRow, add_stage_row  # noqa: E402
-from searche1.types import Group, Question, Span, Trajectory  # noqa: E402
+from searche1.data import write_groups
+from searche1.report import page as pages
+from searche1.report.gather import gather
+from searche1.report.page import write_report
+from searche1.runs import Run, StageRow, add_stage_row
+from searche1.types import Group, Question, Span, Trajectory
 
 STAGES = ("start", "cycle0/grpo", "cycle0/opsd", "cycle1/grpo", "cycle1/opsd")
 NUM_PASSAGES = 100_000
