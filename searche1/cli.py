@@ -137,6 +137,24 @@ def build_parser() -> argparse.ArgumentParser:
     comparison.add_argument("b", type=Path)
     comparison.set_defaults(run=_compare)
 
+    play = commands.add_parser(
+        "play",
+        help="ask a trained model in the terminal and see its searches, or write the policy's turns yourself",
+        description="Ask a model and see what it thinks, searches and answers; or be the policy, against the same "
+        "retriever and rules.",
+    )
+    play.add_argument("--model", default="", help="HuggingFace folder or hub id (default: model.path of --config)")
+    play.add_argument(
+        "--config", help="YAML file with the retriever, prompts and limits, such as runs/NAME/config.yaml"
+    )
+    play.add_argument("--data", default="", help="question file to draw from (default: data.test of --config)")
+    play.add_argument("--question", default="", help="ask only this and end")
+    play.add_argument("--as-policy", action="store_true", help="you write the turns; no engine is started")
+    play.add_argument("--temperature", type=float, help="0 is greedy")
+    play.add_argument("--out", default="runs/play", help="folder for the servers' logs (default runs/play)")
+    play.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
+    play.set_defaults(run=_play)
+
     commands.add_parser("retriever", help="serve a corpus over HTTP (see `searche1 retriever --help`)")
 
     commands.add_parser("plan", help="does a config fit on GPUs, and how long is a step? (see `searche1 plan --help`)")
@@ -238,6 +256,22 @@ def _eval(parsed: argparse.Namespace) -> None:
     if not out and not any(override.startswith("run.out=") for override in parsed.overrides):
         out = default_out(config)
     run_eval(load_config(parsed.config, given + parsed.overrides + ([f"run.out={out}"] if out else [])))
+
+
+def _play(parsed: argparse.Namespace) -> None:
+    from searche1.config import load_config
+    from searche1.play import run_play
+    from searche1.progress import open_console
+
+    flags = {
+        "run.out": parsed.out,
+        "model.path": parsed.model,
+        "data.test": parsed.data,
+        "eval.temperature": parsed.temperature,
+    }
+    given = [f"{key}={value}" for key, value in flags.items() if value not in (None, "")]
+    config = load_config(parsed.config, given + parsed.overrides)
+    run_play(config, open_console(), asked=parsed.question, as_policy=parsed.as_policy)
 
 
 def _compare(parsed: argparse.Namespace) -> None:

@@ -216,10 +216,20 @@ class ExamServers:
 
 
 def start_servers(exam: Exam, directory: Path, stack: contextlib.ExitStack, console: Console) -> ExamServers:
-    """Engines with the model on every GPU of this machine (or those of engine.urls), and the retriever."""
-    config = exam.config
+    """Engines and the retriever, when they are ready; `stack` stops those that were started. Raises UserError."""
     began = time.monotonic()
-    rollout = exam.rollout
+    engines = start_engines(exam, directory, stack, console, is_ready=False)
+    retriever = start_exam_retriever(exam, directory, stack)  # it starts while the engines load
+    wait_for_engines(engines, exam)
+    console.print(f"ready ({time.monotonic() - began:.0f} s)")
+    return ExamServers(engines, retriever, are_ours=not exam.config.engine.urls)
+
+
+def start_engines(
+    exam: Exam, directory: Path, stack: contextlib.ExitStack, console: Console, *, is_ready: bool = True
+) -> list[Engine]:
+    """Engines with the model on every GPU of this machine, or those of engine.urls. Raises UserError."""
+    config, rollout = exam.config, exam.rollout
     if config.engine.urls:
         engines = [Engine(url=url, request_timeout_s=config.engine.request_timeout_s) for url in config.engine.urls]
     else:
@@ -247,16 +257,26 @@ def start_servers(exam: Exam, directory: Path, stack: contextlib.ExitStack, cons
         ]
         for engine in engines:
             stack.callback(engine.stop)
-    retriever = None
-    if exam.needs_retriever:  # it starts while the engines load
-        url = start_retriever(config, log_dir=directory / "logs", stack=stack)
-        retriever = make_retriever_client(config, url)
+    if is_ready:
+        wait_for_engines(engines, exam)
+    return engines
+
+
+def wait_for_engines(engines: Sequence[Engine], exam: Exam) -> None:
+    """Until all answer; engines elsewhere load the model then. Raises UserError."""
+    settings = exam.config.engine
     for engine in engines:
-        engine.wait_until_ready(timeout_s=10.0 if config.engine.urls else config.engine.start_timeout_s)
-        if config.engine.urls:
+        engine.wait_until_ready(timeout_s=10.0 if settings.urls else settings.start_timeout_s)
+        if settings.urls:
             engine.load_folder(exam.model_path.resolve(), version="eval")
-    console.print(f"ready ({time.monotonic() - began:.0f} s)")
-    return ExamServers(engines, retriever, are_ours=not config.engine.urls)
+
+
+def start_exam_retriever(exam: Exam, directory: Path, stack: contextlib.ExitStack) -> RetrieverClient | None:
+    """A client of the retriever, which is started unless it runs elsewhere; None if no method asks it."""
+    if not exam.needs_retriever:
+        return None
+    url = start_retriever(exam.config, log_dir=directory / "logs", stack=stack)
+    return make_retriever_client(exam.config, url)
 
 
 class NoRetriever:

@@ -120,3 +120,29 @@ def test_direct_generation_starts_an_engine_of_its_own_and_no_retriever(toy_worl
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(out)["overall"]["num_questions"] == 10
     assert [path.name for path in (out / "logs").iterdir()] == ["engine0.log"]
+
+
+def play(world: Path, servers: list[str], out: Path, *arguments: str, typed: str) -> subprocess.CompletedProcess[str]:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    flags = ["--config", config, "--model", str(POLICY), "--data", str(world / "test.jsonl"), "--out", str(out)]
+    command = [sys.executable, "-m", "searche1", "play", *flags, *servers, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def test_a_person_asks_a_model_and_sees_it_search(toy_world: Path, servers: list[str], tmp_path: Path) -> None:
+    question = json.loads((toy_world / "test.jsonl").read_text().splitlines()[0])
+    done = play(toy_world, servers, tmp_path, "--temperature", "0", typed=f"{question['question']}\n\nq\n")
+    assert done.returncode == 0, done.stderr
+    assert f"accepted: {question['golden_answers'][0]}" in done.stdout and done.stdout.count("accepted:") == 2
+    assert done.stdout.count("<search>") == done.stdout.count("<information>") >= 2
+
+
+def test_a_person_is_the_policy_against_the_real_retriever(toy_world: Path, servers: list[str], tmp_path: Path) -> None:
+    question = json.loads((toy_world / "test.jsonl").read_text().splitlines()[0])
+    typed = f"? {question['question']}\n= {question['golden_answers'][0]}\n"
+    chosen = ["--as-policy", "--question", question["question"]]
+    done = play(toy_world, servers, tmp_path, *chosen, typed=typed)
+    assert done.returncode == 0, done.stderr
+    assert "<information>" in done.stdout and "-- right" in done.stdout and "1 searches" in done.stdout
+    assert not (tmp_path / "logs").exists()  # neither an engine nor a retriever was started

@@ -15,7 +15,7 @@ FOLDERS = ("searche1", "megatron_ext", "tools", "scripts")
 LAYERS = (  # top first: a module imports its own layer and those below
     {"__main__", "cli"},
     {"quickstart"},
-    {"cycle"},
+    {"cycle", "play"},
     {"grpo", "opsd"},
     {"session"},
     {"engines"},
