@@ -260,8 +260,8 @@ def _eval(parsed: argparse.Namespace) -> None:
 
 def _play(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
+    from searche1.console import open_console
     from searche1.play import run_play
-    from searche1.progress import open_console
 
     flags = {
         "run.out": parsed.out,
@@ -275,14 +275,14 @@ def _play(parsed: argparse.Namespace) -> None:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
+    from searche1.console import open_console
     from searche1.evaluation.compare import print_comparison
-    from searche1.progress import open_console
 
     print_comparison(parsed.a, parsed.b, open_console())
 
 
 def _watch(parsed: argparse.Namespace) -> None:
-    from searche1.progress import open_console
+    from searche1.console import open_console
     from searche1.screen import watch
 
     watch(parsed.run_dir, open_console(), is_once=parsed.once)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,7 +172,7 @@ class Game:
 
     def _show(self, spans: Sequence[Span]) -> None:
         for span in spans:
-            if span.author == "policy" and self._writer_is_person:
+            if span.author == "policy" and isinstance(self._writer, PersonWriter):
                 continue  # who wrote it has seen it
             text = Text(span.text.strip("\n"))
             if span.author == "policy" and span.kind != "invalid":
@@ -182,12 +184,9 @@ class Game:
             if span.is_truncated:
                 self._console.print("(cut at a token limit)", style="dim")
 
-    @property
-    def _writer_is_person(self) -> bool:
-        return isinstance(self._writer, PersonWriter)
-
     def _judge(self, question: Question, trajectory: Trajectory) -> None:
-        facts = f"{trajectory.num_searches} searches, {len(trajectory.response_ids)} tokens"
+        searches = "1 search" if trajectory.num_searches == 1 else f"{trajectory.num_searches} searches"
+        facts = f"{searches}, {len(trajectory.response_ids)} tokens"
         if not question.answers:
             verdict = "answered" if trajectory.status == "answered" else "no answer"
             self._console.print(f"-- {verdict}; {facts}", style="bold", markup=False)
@@ -207,6 +206,7 @@ def run_play(
 
     Raises UserError.
     """
+    config = replace(config, eval=replace(config.eval, method="search"))
     questions = load_questions(config.data.test) if config.data.test else []
     model_path = resolve_model(config.model.path)
     tokenizer = load_tokenizer(model_path, config.prompt)
@@ -227,25 +227,25 @@ def run_play(
             writer = ModelWriter(engines[0], loop, temperature=config.eval.temperature, top_p=config.rollout.top_p)
         game = Game(config, tokenizer=tokenizer, retriever=retriever, writer=writer, loop=loop, console=console)
         dice = random.Random(config.run.seed)
-        for number in range(1 if asked else 1_000_000):
-            question = next_question(asked, questions, dice, read, number)
-            if question is None:
-                return
-            console.print(Text(f"\n{question.text}", style="bold"))
+        for number in itertools.count():
             try:
+                question = next_question(asked, questions, dice, read, number)
+                if question is None:
+                    return
+                console.print(Text(f"\n{question.text}", style="bold"))
                 game.play(question)
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
+                console.print()
+                return
+            if asked:
                 return
 
 
 def next_question(
     asked: str, questions: Sequence[Question], dice: random.Random, read: Callable[[str], str], number: int
 ) -> Question | None:
-    """What is asked next: given, typed, or one of the data; None for the end."""
-    try:
-        text = asked or read(ASKING).strip()
-    except EOFError:
-        return None
+    """What is asked next: given, typed, or one of the data; None for the end. Raises EOFError, UserError."""
+    text = asked or read(ASKING).strip()
     if text in ("q", "quit", "exit"):
         return None
     if text:

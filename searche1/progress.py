@@ -10,13 +10,6 @@ from contextlib import contextmanager
 from rich.console import Console
 
 EVERY_S = 5.0
-FILE_WIDTH = 200  # columns, where no terminal would cut a table
-
-
-def open_console() -> Console:
-    """Where this command talks: as wide as the terminal, or wide enough for every table if it is a file or pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
 
 
 class Report:

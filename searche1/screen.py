@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from searche1.console import plain_table
 from searche1.evaluation.stages import table_cells
 from searche1.metrics import read_metrics
 from searche1.progress import duration
@@ -71,7 +72,7 @@ def render(view: View, *, now: float) -> RenderableType:
     """The screen at `now`, seconds of the wall clock."""
     parts: list[RenderableType] = [_title(view, now)]
     if view.summary.stages:
-        parts.append(_stages(view.summary))
+        parts.append(plain_table(table_cells(view.summary.stages)))
     if view.metrics:
         stage = view.metrics[-1]["stage"]
         rows = [row for row in view.metrics if row["stage"] == stage]
@@ -91,16 +92,6 @@ def _title(view: View, now: float) -> Text:
     if silence > SILENT_S:
         return text.append(f"  last step {duration(silence)} ago", style="yellow")
     return text.append("  running", style="green")
-
-
-def _stages(summary: Summary) -> Table:
-    header, *lines = table_cells(summary.stages)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in header:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def _progress(rows: Sequence[Mapping[str, Any]]) -> Table:

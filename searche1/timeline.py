@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from searche1.runs import atomic_write_text
+
 TRACE_FOLDER = "trace"
 
 
@@ -53,7 +55,7 @@ def merge_traces(directory: Path) -> Path | None:
     if not events:
         return None
     merged = directory / "trace.json"
-    merged.write_text(json.dumps({"traceEvents": events}), encoding="utf-8")
+    atomic_write_text(merged, json.dumps({"traceEvents": events}))
     return merged
 
 

@@ -9,9 +9,9 @@ from statistics import fmean
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from searche1.benchmarks import TITLES, in_table_order
+from searche1.console import plain_table
 from searche1.evaluation.intervals import Interval, bootstrap_means, percentile_interval, sign_flip_p_value
 from searche1.evaluation.scores import Score, questions_of, read_scores
 from searche1.types import UserError
@@ -94,22 +94,13 @@ def print_comparison(a: Path, b: Path, console: Console) -> None:
     """The table for two folders of evaluations or judged stages. Raises UserError."""
     scores_a, scores_b = read_scores(a), read_scores(b)
     differences = compare(scores_a, scores_b)
-    table = Table(title=f"a: {a}\nb: {b}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("source", "questions", "EM a", "EM b", "b - a", "95 %", "p", "b better", "a better"):
-        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+    lines = [["source", "questions", "EM a", "EM b", "b - a", "95 %", "p", "b better", "a better"]]
     for one in differences:
-        table.add_row(
-            TITLES.get(one.source, one.source),
-            f"{one.num_questions:,}",
-            f"{one.em_a:.3f}",
-            f"{one.em_b:.3f}",
-            f"{one.em_b - one.em_a:+.3f}",
-            f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}",
-            "<0.001" if one.p_value < 0.001 else f"{one.p_value:.3f}",
-            f"{one.won:,}",
-            f"{one.lost:,}",
-        )
-    console.print(table)
+        line = [TITLES.get(one.source, one.source), f"{one.num_questions:,}", f"{one.em_a:.3f}", f"{one.em_b:.3f}"]
+        line += [f"{one.em_b - one.em_a:+.3f}", f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"]
+        line += ["<0.001" if one.p_value < 0.001 else f"{one.p_value:.3f}", f"{one.won:,}", f"{one.lost:,}"]
+        lines.append(line)
+    console.print(plain_table(lines, title=f"a: {a}\nb: {b}"))
     only_a, only_b = len(question_ems(scores_a)), len(question_ems(scores_b))
     common = differences[-1].num_questions
     if only_a != common or only_b != common:

@@ -11,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from searche1.benchmarks import BENCHMARKS, TITLES, in_table_order
+from searche1.console import plain_table
 from searche1.evaluation.intervals import Interval
 from searche1.evaluation.published import PublishedRow, doubts, published_rows
 from searche1.evaluation.scores import Score, questions_of
@@ -93,7 +93,7 @@ def show(results: Results, directory: Path, console: Console) -> None:
     """The table by source, what stands out in it, and where the files are."""
     result, provenance = results.result, results.provenance
     console.print()
-    console.print(result_table(result, title=f"{provenance.model}, {decoding(provenance)}"))
+    console.print(plain_table(cells(result), title=f"{provenance.model}, {decoding(provenance)}"))
     for note in notes(results):
         console.print(note, markup=False, soft_wrap=True)
     if provenance.last_call_trajectories:
@@ -107,20 +107,8 @@ def show(results: Results, directory: Path, console: Console) -> None:
     console.print(f"read them     searche1 report {directory}", markup=False, soft_wrap=True)
 
 
-def result_table(result: EvalResult, *, title: str) -> Table:
-    """One line a source in the paper's order, then the two kinds of mean."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    header, *lines = cells(result)
-    table.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
 def cells(result: EvalResult) -> list[list[str]]:
-    """Header and lines of the table as text. Columns that say the same in each line, nothing, are left out."""
+    """The table by source as text, in the paper's order, then the two kinds of mean. Empty columns are left out."""
     has_search_r1 = result.overall.search_r1_em is not None
     has_errors = result.overall.num_errors > 0
     header = ["source", "questions", "EM", "95 %", "F1", "sub-EM"]

@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 
 from searche1.config import SEARCH_R1_USER, Config, RolloutConfig
+from searche1.console import open_console
 from searche1.data import load_questions
 from searche1.evaluation.answers import ANSWERS_FILE, Answer, AnswerFile, read_answers
 from searche1.evaluation.results import Provenance, write_results
 from searche1.evaluation.scores import SCORES_FILE, Score, score, write_scores
 from searche1.evaluation.summary import summarize
 from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
-from searche1.progress import open_console, progress_line
+from searche1.progress import progress_line
 from searche1.prompts import Tokenizer, encode_prompt, format_documents, normalize_question, student_prompt
 from searche1.retrieval.client import Passage, RetrieverClient, RetrieverError
 from searche1.rollout import protocol

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from searche1.console import plain_table
 from searche1.evaluation.intervals import Interval
 from searche1.evaluation.summary import EvalResult
 from searche1.runs import StageRow
@@ -34,15 +35,8 @@ def stage_row(
 
 def format_table(rows: Sequence[StageRow]) -> Table:
     """The stages of a run, one line each; "+/-" is half the width of the bootstrap 95 % interval."""
-    header, *lines = table_cells(rows)
     title = f"Held-out exact match by stage, {rows[-1].num_questions} questions" if rows else "No stage is finished"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    return table
+    return plain_table(table_cells(rows), title=title)
 
 
 def table_cells(rows: Sequence[StageRow]) -> list[list[str]]:

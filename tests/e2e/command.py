@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from searche1.rollout.engine import Engine, start_engine
+
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "searche1" / "assets" / "toy_policy"
 
@@ -30,6 +32,24 @@ def settings(world: Path, out: Path) -> list[str]:
         f"retriever.index={world / 'index'}",
         *(f"data.{name}={world / name}.jsonl" for name in ("train", "validation", "test")),
     ]
+
+
+def toy_engine(model: Path, log_path: Path) -> Engine:
+    """An engine of its own on the CPU, large enough for the toy world; ready later."""
+    return start_engine(
+        model_path=model,
+        device="cpu",
+        dtype="float32",
+        tensor=1,
+        port=0,
+        seed=0,
+        mem_fraction=0.2,
+        max_total_tokens=60000,
+        max_running=128,
+        context_length=1000,
+        attention_backend="",
+        log_path=log_path,
+    )
 
 
 def kill_engine(log: Path) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import POLICY, ROOT, searche1, settings
+from command import POLICY, ROOT, searche1, settings, toy_engine
 from conftest import STRICT
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from searche1.rollout.engine import start_engine
 
 pytestmark = pytest.mark.slow
 
@@ -129,20 +127,7 @@ def test_an_engine_elsewhere_takes_weights_from_a_folder(
     finished: tuple[Path, str], toy_world: Path, tmp_path: Path
 ) -> None:
     """It was started with the final model, and samples with the weights of the trainer that starts from the policy."""
-    with start_engine(
-        model_path=finished[0] / "final",
-        device="cpu",
-        dtype="float32",
-        tensor=1,
-        port=0,
-        seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=60000,
-        max_running=128,
-        context_length=1000,
-        attention_backend="",
-        log_path=tmp_path / "engine.log",
-    ) as engine:
+    with toy_engine(finished[0] / "final", tmp_path / "engine.log") as engine:
         engine.wait_until_ready(timeout_s=300)
         given = [*settings(toy_world, tmp_path / "run"), f"engine.urls=[{engine.url}]"]
         result = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given)

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import POLICY, ROOT, searche1
+from command import POLICY, ROOT, searche1, toy_engine
 
 from searche1.evaluation.answers import read_answers
 from searche1.retrieval.launch import launch_retriever
-from searche1.rollout.engine import start_engine
 
 pytestmark = pytest.mark.slow
 
@@ -23,20 +22,7 @@ pytestmark = pytest.mark.slow
 def servers(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Settings that name an engine and a retriever that are up, so that not every command waits for its own."""
     logs = tmp_path_factory.mktemp("servers")
-    with start_engine(
-        model_path=POLICY,
-        device="cpu",
-        dtype="float32",
-        tensor=1,
-        port=0,
-        seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=60000,
-        max_running=128,
-        context_length=1000,
-        attention_backend="",
-        log_path=logs / "engine.log",
-    ) as engine:
+    with toy_engine(POLICY, logs / "engine.log") as engine:
         retriever = launch_retriever(
             corpus=str(toy_world / "corpus.jsonl"),
             index=str(toy_world / "index"),
@@ -144,5 +130,5 @@ def test_a_person_is_the_policy_against_the_real_retriever(toy_world: Path, serv
     chosen = ["--as-policy", "--question", question["question"]]
     done = play(toy_world, servers, tmp_path, *chosen, typed=typed)
     assert done.returncode == 0, done.stderr
-    assert "<information>" in done.stdout and "-- right" in done.stdout and "1 searches" in done.stdout
+    assert "<information>" in done.stdout and "-- right" in done.stdout and "1 search," in done.stdout
     assert not (tmp_path / "logs").exists()  # neither an engine nor a retriever was started

@@ -38,7 +38,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
         "progress",
         "timeline",
     },
-    {"config", "benchmarks"},
+    {"config", "benchmarks", "console"},
     {"types"},
 )
 STRANGERS = ({"grpo", "opsd"}, {"policy", "rollout"})  # same layer, yet neither knows the other
