@@ -84,7 +84,10 @@ def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:
                     f"{place}: missing {', '.join(missing)}; a question needs {', '.join(JSONL_KEYS)} "
                     f"and this one has {', '.join(row)}"
                 )
-            yield place, _question(row["id"], row["question"], row["golden_answers"], row["data_source"], place=place)
+            yield (
+                place,
+                make_question(row["id"], row["question"], row["golden_answers"], row["data_source"], place=place),
+            )
 
 
 def _parquet_questions(path: Path) -> Iterator[tuple[str, Question]]:
@@ -107,7 +110,7 @@ def _parquet_questions(path: Path) -> Iterator[tuple[str, Question]]:
         place = f"{path}, row {number}"
         index = _field(row, "extra_info", "index", place=place)
         answers = _field(row, "reward_model", "ground_truth", "target", place=place)
-        yield place, _question(index, row["question"], answers, row["data_source"], place=place)
+        yield place, make_question(index, row["question"], answers, row["data_source"], place=place)
 
 
 def _field(row: dict[str, Any], *names: str, place: str) -> Any:
@@ -119,7 +122,8 @@ def _field(row: dict[str, Any], *names: str, place: str) -> Any:
     return value
 
 
-def _question(id: Any, text: Any, answers: Any, source: Any, *, place: str) -> Question:
+def make_question(id: Any, text: Any, answers: Any, source: Any, *, place: str) -> Question:
+    """A question from what a file says, or a UserError that names its `place`."""
     if isinstance(id, bool) or not isinstance(id, int | str) or id == "":
         raise UserError(f"{place}: the id must be a string or a whole number, got {id!r}")
     if not isinstance(source, str) or not source.strip():

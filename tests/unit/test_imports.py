@@ -20,7 +20,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"session"},
     {"engines"},
     {"colocation", "sync", "ranks", "cluster_check"},
-    {"evaluation", "report", "screen"},
+    {"evaluation", "report", "screen", "prepare"},
     {"policy", "rollout"},
     {
         "packing",
