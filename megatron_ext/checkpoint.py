@@ -1,20 +1,36 @@
-"""Saves and loads model and optimizer with Megatron's dist_checkpointing, in any layout from any layout."""
+"""Saves and loads model and optimizer with Megatron's dist_checkpointing, in any layout from any layout.
+
+A checkpoint is a folder that appears when it is whole, with the size and SHA-256 of every file in `checkpoint.json`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.lifetime import die_with_parent
+
+RECORD = "checkpoint.json"
 # Stored per parameter in a canonical shape, so that any tensor, pipeline and data layout can read it.
 # Gathered parameter by parameter: all at once is three float32 copies of the model in every rank's host memory.
 _SHARDING = {
@@ -23,36 +39,153 @@ _SHARDING = {
 }
 
 
+class CheckpointWriter:
+    """Writes one checkpoint at a time beside the training. Every method is collective.
+
+    What is saved is copied to the host when `begin` returns; a process forked from each rank writes it to the disk.
+    """
+
+    def __init__(self) -> None:
+        self._calls = AsyncCallsQueue()
+
+    def begin(
+        self,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        folder: Path,
+        *,
+        state: dict[str, Any],
+        only_trained: bool = False,
+    ) -> None:
+        """Start to write; `folder` appears in the `poll` or `finish` that finds it whole.
+
+        Args:
+            state: small plain values that return from `load_checkpoint` and `read_state`, such as the step.
+            only_trained: leave out weights without a gradient, such as those under an adapter.
+
+        Raises ValueError if an earlier one could not be written.
+        """
+        self.finish()
+        _use_own_results_queue()
+        partial = folder.with_name(f"{folder.name}.{_agreed_token()}.partial")
+        if dist.get_rank() == 0:
+            partial.mkdir(parents=True)
+        dist.barrier()
+        sharded = _sharded(model, optimizer, is_loading=False, only_trained=only_trained)
+        request = dist_checkpointing.save({**sharded, "state": state}, str(partial), async_sharded_save=True)
+        assert request is not None
+        request.add_finalize_fn(functools.partial(_publish, partial, folder, state))
+        self._calls.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Publishes the checkpoint under way if it is on the disk. Raises ValueError if it could not be written."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for the checkpoint under way and publishes it. Raises ValueError if it could not be written."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        try:
+            self._calls.maybe_finalize_async_calls(blocking=blocking)
+        except CheckpointException as error:  # on the first rank with what happened, on the others without
+            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            raise ValueError(
+                f"a checkpoint could not be written ({'; '.join(reasons) or 'rank 0 says why'}); make room or mend the "
+                "disk and run the same command again: it continues from the last whole one"
+            ) from error
+
+
 def save_checkpoint(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, folder: Path, *, state: dict[str, Any]
 ) -> None:
-    """Write a checkpoint. Collective. Atomic: `folder` appears when it is whole.
+    """As `CheckpointWriter.begin`, and wait for it. Collective."""
+    writer = CheckpointWriter()
+    writer.begin(model, optimizer, folder, state=state)
+    writer.finish()
 
-    Args:
-        state: small plain values that return from `load_checkpoint`, such as the step.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save({**_sharded(model, optimizer, is_loading=False), "state": state}, str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
+
+def _agreed_token() -> str:
+    """A name that no writer of an earlier process uses, who may still be at work. Collective."""
+    token = [secrets.token_hex(4)]
+    dist.broadcast_object_list(token, src=0)
+    return token[0]
+
+
+def _publish(partial: Path, folder: Path, state: dict[str, Any]) -> None:
+    """Record every file and give the folder its name. Collective."""
+    rank = dist.get_rank()
+    own = sorted(partial.glob(f"__{rank}_*"))
+    if rank == 0:
+        own += sorted(path for path in partial.iterdir() if not path.name.startswith("__"))
+    records: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(records, {path.name: _record(path) for path in own})
+    if rank == 0:
+        files = {name: record for of_rank in records for name, record in of_rank.items()}
+        with open(partial / RECORD, "w", encoding="utf-8") as file:
+            json.dump({"state": state, "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()
 
 
-def load_checkpoint(model: DistributedDataParallel, optimizer: MegatronOptimizer, folder: Path) -> dict[str, Any]:
-    """Fill model and optimizer from a checkpoint of any layout; returns its `state`. Collective."""
+def _record(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state` of a whole checkpoint."""
+    state: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["state"]
+    return state
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, "" if every file is as it was written. Collective: each rank reads a share."""
+    try:
+        recorded: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{RECORD} is missing or damaged"
+    fault = ""
+    for number, (name, record) in enumerate(sorted(recorded.items())):
+        if number % dist.get_world_size() != dist.get_rank():
+            continue
+        if not (folder / name).is_file():
+            fault = fault or f"{name} is missing"
+        elif _record(folder / name) != record:
+            fault = fault or f"{name} is not what was written"
+    faults = [fault] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next(filter(None, faults), "")
+
+
+def _use_own_results_queue() -> None:
+    """Writers report through a manager's process. It would outlive a rank that is killed: have it end with the rank."""
+    module: Any = filesystem_async
+    if module._results_queue is None:
+        manager = SyncManager(ctx=mp.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        module._results_queue = manager.Queue()
+        module._search_e1_manager = manager  # ends when it is collected
+
+
+def load_checkpoint(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, folder: Path, *, only_trained: bool = False
+) -> dict[str, Any]:
+    """Fill model and optimizer from a checkpoint of any layout; returns its `state`. Collective.
+
+    `only_trained` as it was saved with.
+    """
     inner = [o.optimizer for o in getattr(optimizer, "chained_optimizers", [optimizer])]
     # What follows is about torch's Adam; Transformer Engine's keeps its step elsewhere.
     inner = [adam for adam in inner if isinstance(adam, torch.optim.Adam | torch.optim.AdamW)]
     for adam in inner:
         _allocate_adam_state(adam)
     with _step_survives_resharding():
-        wanted = {**_sharded(model, optimizer, is_loading=True), "state": {}}
+        sharded = _sharded(model, optimizer, is_loading=True, only_trained=only_trained)
+        wanted = {**sharded, "state": {}}
         loaded = dist_checkpointing.load(wanted, str(folder))
         optimizer.load_state_dict(loaded.pop("optimizer"))
     for adam in inner:
@@ -64,8 +197,13 @@ def load_checkpoint(model: DistributedDataParallel, optimizer: MegatronOptimizer
     return state
 
 
-def _sharded(model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def _sharded(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool, only_trained: bool
+) -> dict[str, Any]:
     weights = model.module.sharded_state_dict()  # named as Megatron-LM names them, so that tools read them
+    if only_trained:
+        trained = {name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+        weights = {name: tensor for name, tensor in weights.items() if name in trained}
     return {
         "model": dict(weights),
         "optimizer": optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=_SHARDING),

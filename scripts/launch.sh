@@ -20,6 +20,8 @@ Environment, each with what it is taken from otherwise:
   MASTER_ADDR   address of node 0              Slurm's first host
   MASTER_PORT   a free port there              Slurm: from the job's number; else 29500
   GPUS          processes of a node, one a GPU 8
+  RESTARTS      how often ranks are started     3 on one node; on several the same command, or Slurm's queue, does it
+                again when one has died
 
 Set here unless you have set them: CUDA_DEVICE_MAX_CONNECTIONS=1, NCCL_DEBUG=WARN. docs/launching.md explains these and
 the NCCL variables of a cluster. SEARCHE1_* of scripts/env.sh work as ever.
@@ -80,7 +82,8 @@ for pair in "NODES=$nodes" "GPUS=$gpus" "MASTER_PORT=$port"; do
 done
 
 rendezvous=(--standalone)
-node_rank=0
+node_rank=0 restarts=${RESTARTS:-3}
+if ! is_number "$restarts"; then refuse "RESTARTS=$restarts must be a whole number"; fi
 if [ "$nodes" -gt 1 ]; then
     # The shell of a batch job is on its first node only, and has the job's variables without a step's.
     if [ -z "${NODE_RANK:-}" ] && [ -n "${SLURM_NODEID:-}" ] && [ -z "${SLURM_STEP_NUM_NODES:-}" ]; then
@@ -102,8 +105,9 @@ if [ "$nodes" -gt 1 ]; then
     # Numbered nodes instead of torchrun's elastic rendezvous: the node that runs the retriever and drives the rollouts
     # is chosen by you, and a restart finds it again. Nothing is restarted by torchrun: the same command continues.
     rendezvous=(--nnodes "$nodes" --node-rank "$node_rank" --master-addr "$address" --master-port "$port")
-    rendezvous+=(--max-restarts 0)
+    restarts=0
 fi
+rendezvous+=(--max-restarts "$restarts")
 case ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} in
 *expandable_segments:[Tt]rue*)
     refuse "PYTORCH_CUDA_ALLOC_CONF asks for expandable_segments, whose memory cannot be handed to an engine; unset it"
@@ -154,10 +158,21 @@ source scripts/env.sh
 most=$(ulimit -Hn)
 if [ "$most" = unlimited ] || [ "$most" -gt 65536 ]; then most=65536; fi
 if [ "$(ulimit -Sn)" != unlimited ] && [ "$(ulimit -Sn)" -lt "$most" ]; then ulimit -Sn "$most"; fi
-if [ $mode != check ]; then exec "${command[@]}"; fi
-# The finding comes with its own status, because torchrun answers a failed rank with a page of text.
-SEARCHE1_CHECK_STATUS=$(mktemp)
-export SEARCHE1_CHECK_STATUS
-trap 'rm -f "$SEARCHE1_CHECK_STATUS"' EXIT
-"${command[@]}"
-exit "$(cat "$SEARCHE1_CHECK_STATUS")"
+# Ranks that end as they should leave their status here and answer torchrun with 0, which else would start them again, or
+# print a page of text. A rank that was killed leaves nothing.
+SEARCHE1_STATUS=$(mktemp)
+export SEARCHE1_STATUS
+trap 'rm -f "$SEARCHE1_STATUS"' EXIT
+set -m # a group of its own: a shell's other children do not get Ctrl-C
+"${command[@]}" &
+child=$!
+set +m
+trap 'kill -INT -- "-$child" 2>/dev/null' INT
+trap 'kill -TERM "$child" 2>/dev/null' TERM
+status=0
+while :; do
+    wait "$child" && status=0 || status=$?
+    kill -0 "$child" 2>/dev/null || break # else that was a signal
+done
+if [ -s "$SEARCHE1_STATUS" ]; then status=$(cat "$SEARCHE1_STATUS"); fi
+exit "$status"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -11,12 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from searche1.types import UserError
+from searche1.types import SharedError, Stopped, UserError
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for a mistake that a person can mend, 130 for Ctrl-C, 1 when
-    another rank has gone.
+    """Run a subcommand; returns the exit code: 0, 2 for a mistake or fault that a person can mend, 75 for SIGTERM,
+    130 for Ctrl-C, 1 when another rank has gone.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
@@ -39,27 +43,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
+    status_file = os.environ.get("SEARCHE1_STATUS")
+    if status_file is None:
+        return _run(command)[0]
+    # launch.sh started torchrun, which would start ranks again that end with anything but 0.
+    status = Path(status_file)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and status.is_file() and status.read_text():
+        return 0  # a rank that ended in order took others down with it, who were started again
+    code, is_in_order = _run(command)
+    if not is_in_order:
+        return code
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        status.write_text(str(code))
+    return 0
+
+
+def _run(command: Callable[[], int | None]) -> tuple[int, bool]:
+    """The exit code, and whether all ranks end alike and know why."""
     is_speaker = os.environ.get("RANK", "0") == "0"
     sys.unraisablehook = _keep_interrupt
     try:
-        return command() or 0
+        return command() or 0, True
+    except Stopped as error:
+        if is_speaker:
+            print(f"searche1: {error}", file=sys.stderr)
+        return STOPPED, True
     except UserError as error:
         if is_speaker:
             print(f"searche1: error: {error}", file=sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all ranks when one ends: let rank 0 speak first
-        return 2
+        return 2, is_speaker or isinstance(error, SharedError)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"searche1: error: {error.filename or 'a file'} could not be written: {error.strerror}; make room or "
+            "mend the disk and run the same command again: it continues from what is whole",
+            file=sys.stderr,
+        )
+        return 2, is_speaker
     except RuntimeError as error:
         if not ("gloo" in str(error) and "by peer" in str(error)):
             raise
         # What gloo says when the process at the other end is gone; why it went, it has said itself.
         where = os.environ.get("RANK", "0")
         print(f"searche1: error on rank {where}: another rank has ended; see what it said", file=sys.stderr)
-        return 1
+        return 1, False
     except KeyboardInterrupt:
         if is_speaker:
             print("\nsearche1: stopped; the same command continues from the last finished piece", file=sys.stderr)
-        return 130
+        return 130, True
 
 
 def _keep_interrupt(unraisable: sys.UnraisableHookArgs) -> None:

@@ -188,7 +188,7 @@ def show(found: Sequence[Found], speeds: Mapping[str, float], console: Console) 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when all is well, 1 when something is to be mended, 2 for a mistake in the call.
 
-    With SEARCHE1_CHECK_STATUS, that number goes into the file it names and 0 is returned: torchrun answers any other
+    With SEARCHE1_STATUS, that number goes into the file it names and 0 is returned: torchrun answers any other
     with a page of its own, under which the finding would be lost.
     """
     parser = argparse.ArgumentParser(prog="searche1.cluster_check", description="Look at the ranks of a job.")
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # each node says what it has seen
             print(f"searche1: error: {error}", file=sys.stderr)
         code = 2
-    status_file = os.environ.get("SEARCHE1_CHECK_STATUS")
+    status_file = os.environ.get("SEARCHE1_STATUS")
     if status_file is None:
         return code
     if os.environ.get("LOCAL_RANK", "0") == "0":

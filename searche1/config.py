@@ -84,6 +84,8 @@ class TrainConfig:
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
     logits_chunk: int = 2048  # rows per language-model-head chunk, unless materialized; bounds logit memory
     timeout_s: float = 1800.0  # how long ranks wait for one another without a sign of progress
+    keep_last: int = 2  # checkpoints of a round that are kept, beside the one with the best score
+    keep_every: int = 0  # also keep those of every so many steps; 0: none
     sync_tolerance: float = 0.0  # mean |engine - trainer| logprob allowed after a sync; 0: 1e-4 float32, 0.05 bfloat16
 
 
@@ -93,6 +95,7 @@ class EngineConfig:
     tensor: int = 1  # tensor-parallel size of one SGLang engine
     count: int = 0  # engines in all; 0: as many as the job's GPUs hold, one on a CPU
     urls: list[str] = field(default_factory=list)  # SGLang servers started elsewhere; they take weights from a folder
+    token_file: str = ""  # file with the API key of those servers; empty sends none
     mem_fraction: float = 0.6  # share of GPU memory an engine may take
     max_total_tokens: int = 0  # size of the key-value cache in tokens; 0 lets SGLang decide
     max_running: int = 256  # requests decoded together
@@ -220,7 +223,30 @@ class EvalConfig:
 class CycleConfig:
     cycles: int = 2  # GRPO + OPSD rounds in turn (paper 5)
     skip_opsd: bool = False  # GRPO rounds only: the control experiment
+    until_no_gain: bool = True  # a cycle whose best validation EM is not above the one before's is the last
     evaluate_stages: bool = True  # take held-out EM after every stage
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    window: int = 10  # steps that are averaged before anything is called a trend
+    reward_drop: float = 0.5  # collapse: share of the best average EM that a GRPO round may lose; 0 looks away
+    on_collapse: str = "end_round"  # end_round (hand on the best checkpoint), roll_back, stop or warn
+    max_roll_backs: int = 2  # of one round, each with new draws and a lower learning rate; then it ends
+    roll_back_lr: float = 0.5  # factor of the learning rate after each
+    on_alarm: str = "warn"  # of all other alarms: warn or stop
+    max_kl: float = 1.0  # average KL to the start of the round, per token; 0 looks away, here and below
+    min_entropy: float = 0.01  # average entropy per token
+    max_ratio: float = 20.0  # largest probability ratio of an update
+    max_grad_norm: float = 100.0  # average norm before clipping
+    max_engine_gap: float = 0.05  # mean |engine - trainer| logprob of a rollout
+    max_invalid_share: float = 0.5  # turns without a complete tag
+    min_answered_share: float = 0.2  # trajectories that end in an answer
+    max_truncated_share: float = 0.5  # trajectories with a text that was cut
+    max_error_share: float = 0.1  # trajectories lost to engine or retriever faults
+    max_same_reward_share: float = 0.98  # groups that give no gradient
+    max_length_growth: float = 3.0  # response tokens, as a multiple of those at the start of the round
+    min_searches_kept: float = 0.2  # searches, as a share of those at the start of the round
 
 
 @dataclass(frozen=True)
@@ -240,6 +266,7 @@ class Config:
     opsd: OPSDConfig = field(default_factory=OPSDConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     cycle: CycleConfig = field(default_factory=CycleConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 def config_keys(node: Any = Config, prefix: str = "") -> list[str]:
@@ -298,6 +325,8 @@ CHOICES = {
     "opsd.lr_decay": ("constant", "linear"),
     "pairs.text": ("full", "policy"),
     "eval.method": ("search", "direct", "rag"),
+    "health.on_collapse": ("end_round", "roll_back", "stop", "warn"),
+    "health.on_alarm": ("warn", "stop"),
 }
 # Settings that may be 0, where 0 means "none" or "choose"; every other number must be positive.
 MAY_BE_ZERO = {
@@ -324,6 +353,21 @@ MAY_BE_ZERO = {
     "eval.limit",
     "eval.temperature",
     "eval.validation_temperature",
+    "train.keep_every",
+    "health.max_roll_backs",
+    "health.reward_drop",
+    "health.max_kl",
+    "health.min_entropy",
+    "health.max_ratio",
+    "health.max_grad_norm",
+    "health.max_engine_gap",
+    "health.max_invalid_share",
+    "health.min_answered_share",
+    "health.max_truncated_share",
+    "health.max_error_share",
+    "health.max_same_reward_share",
+    "health.max_length_growth",
+    "health.min_searches_kept",
 }
 
 

@@ -6,17 +6,19 @@ evaluated again; so a killed run continues where it was.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from searche1.config import Config
-from searche1.data import load_questions, write_groups
-from searche1.evaluation.scores import GROUPS_FILE, scores_of
+from searche1.data import load_questions
+from searche1.evaluation.scores import GREEDY_GROUPS_FILE, GROUPS_FILE, scores_of
 from searche1.evaluation.stages import format_table, stage_row
 from searche1.evaluation.summary import EvalResult, summarize
 from searche1.grpo import run_grpo_round
@@ -24,11 +26,13 @@ from searche1.opsd import run_opsd_round
 from searche1.report.page import write_report
 from searche1.runs import (
     PAIR_KL_FILE,
+    SELECTION_FILE,
     StageRow,
     add_stage_row,
     atomic_write_json,
     is_complete,
     open_run,
+    read_json,
     read_summary,
     set_final_model,
     write_manifest,
@@ -64,7 +68,27 @@ def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> 
         model = session.model_path
         for stage in stages(session):
             model = run_stage(session, stage, model)
+            if config.cycle.until_no_gain and session.from_writer(partial(gained_nothing, session, stage.name)):
+                break
         session.ranks.from_writer(lambda: finish(session, model), beats=True)
+
+
+def gained_nothing(session: Session, stage: str) -> bool:
+    """Whether a cycle that has just ended chose an adapter no better than the cycle before did. On rank 0."""
+    found = re.fullmatch(r"cycle(\d+)/opsd", stage)
+    if found is None or found[1] == "0":
+        return False
+    before, now = (
+        read_json(session.run.directory / f"cycle{number}/opsd" / SELECTION_FILE)["best_em"]
+        for number in (int(found[1]) - 1, int(found[1]))
+    )
+    if now > before:
+        return False
+    session.tell(
+        f"cycle {found[1]} gained nothing: best validation EM {now:.3f}, {before:.3f} in the cycle before; "
+        "no more cycles (cycle.until_no_gain)"
+    )
+    return True
 
 
 def check_batch_size(config: Config) -> None:
@@ -144,7 +168,15 @@ def run_stage(session: Session, stage: Stage, model: Path) -> Path:
 
     def declare_finished() -> None:
         outputs = {"hf": trained} if stage.train else {}
-        for name in ("eval.json", GROUPS_FILE, "pairs.jsonl", "adapter", "teacher_check.json", PAIR_KL_FILE):
+        for name in (
+            "eval.json",
+            GROUPS_FILE,
+            "pairs.jsonl",
+            "adapter",
+            "teacher_check.json",
+            PAIR_KL_FILE,
+            SELECTION_FILE,
+        ):
             if (folder / name).exists():
                 outputs[name] = folder / name
         metrics = {"em": row.em, "mean_searches": row.mean_searches} if row else {}
@@ -169,28 +201,28 @@ def judge(session: Session, model: Path, name: str, started: float) -> StageRow:
     session.sync(policy, stage=f"{name}/eval")
     questions = load_questions(session.config.data.test)
 
-    def rollout(temperature: float, samples: int) -> list[Group]:
+    def rollout(temperature: float, samples: int, file: str) -> list[Group]:
         return session.rollout(
             questions,
             samples=samples,
             temperature=temperature,
             seed=session.config.run.seed * 1_000_003 + 990_001,  # the same draws for every stage
             title=f"{name} held-out questions at T={temperature:g}",
+            file=session.run.directory / name / file,
         )
 
-    groups = rollout(settings.temperature, settings.samples if settings.temperature > 0 else 1)
-    greedy = summarize(scores_of(rollout(0.0, 1))) if settings.greedy and settings.temperature > 0 else None
+    groups = rollout(settings.temperature, settings.samples if settings.temperature > 0 else 1, GROUPS_FILE)
+    greedy = None
+    if settings.greedy and settings.temperature > 0:
+        greedy = summarize(scores_of(rollout(0.0, 1, GREEDY_GROUPS_FILE)))
     result = summarize(scores_of(groups))
     row = stage_row(name, result, temperature=settings.temperature, greedy=greedy, seconds=time.monotonic() - started)
-    session.from_writer(lambda: _record(session, name, groups, result, greedy, row))
+    session.from_writer(lambda: _record(session, name, result, greedy, row))
     return row
 
 
-def _record(
-    session: Session, name: str, groups: list[Group], result: EvalResult, greedy: EvalResult | None, row: StageRow
-) -> None:
+def _record(session: Session, name: str, result: EvalResult, greedy: EvalResult | None, row: StageRow) -> None:
     folder = session.run.stage_dir(name)
-    write_groups(folder / GROUPS_FILE, groups)
     atomic_write_json(
         folder / "eval.json", {"sampled": result.to_json(), "greedy": greedy.to_json() if greedy else None}
     )

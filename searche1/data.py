@@ -65,13 +65,17 @@ def _placed_questions(path: Path) -> Iterator[tuple[str, Question]]:
 
 
 def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except RecursionError as error:
+                raise UserError(f"{place}: nested too deeply; every line must be one JSON object") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{place}: not valid JSON at column {error.colno} ({error.msg}); every line must be one JSON object"
@@ -133,9 +137,23 @@ def make_question(id: Any, text: Any, answers: Any, source: Any, *, place: str) 
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{place}: the answers must be a list of strings, got {answers!r}")
+    if lone := next((name for name, string in (("question", text), *_named(answers)) if not _is_text(string)), ""):
+        raise UserError(f"{place}: the {lone} holds half of a surrogate pair, which is no character; write it anew")
     if not answers:
         raise UserError(f"{place}: the question has no answers, so it cannot be scored; give one or drop it")
     return Question(id=str(id), text=text, answers=tuple(answers), source=source)
+
+
+def _named(answers: Sequence[str]) -> list[tuple[str, str]]:
+    return [("answer", answer) for answer in answers]
+
+
+def _is_text(string: str) -> bool:
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shuffled(questions: Sequence[Question], *, seed: int, round_index: int, epoch: int = 0) -> list[Question]:

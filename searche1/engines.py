@@ -15,7 +15,14 @@ from searche1.policy import Policy
 from searche1.ranks import Ranks
 from searche1.rollout.engine import Engine
 from searche1.rollout.places import EnginePlace, engine_places, own_address
-from searche1.rollout.servers import Servers, longest_context, make_servers, start_engine_at, start_retriever
+from searche1.rollout.servers import (
+    Servers,
+    engine_key,
+    longest_context,
+    make_servers,
+    start_engine_at,
+    start_retriever,
+)
 from searche1.sync import Link, send_weights
 
 
@@ -81,17 +88,18 @@ class Engines:
         # It starts while the engines load.
         url = ranks.from_writer(lambda: start_retriever(config, log_dir=directory / "logs", stack=stack), beats=True)
         self._wait(list(self._led))
-        addresses = ranks.everywhere(lambda: {n: (engine.url, engine.log_path) for n, engine in self._led.items()})
+        addresses = ranks.everywhere(lambda: {n: (e.url, e.log_path, e.key) for n, e in self._led.items()})
         self._links = [Link(place, self._led.get(place.number)) for place in places]
         self.servers: Servers | None = None  # on rank 0
         self._elsewhere: list[Engine] = []  # on rank 0: engines that are not ours to start
         if ranks.is_writer:
             timeout_s = config.engine.request_timeout_s
-            self._elsewhere = [Engine(url=url, request_timeout_s=timeout_s) for url in config.engine.urls]
+            key = engine_key(config)
+            self._elsewhere = [Engine(url=url, request_timeout_s=timeout_s, key=key) for url in config.engine.urls]
             found = {n: address for of_rank in addresses for n, address in of_rank.items()}
             clients = [
-                self._led.get(n) or Engine(url=url, log_path=log_path, request_timeout_s=timeout_s)
-                for n, (url, log_path) in sorted(found.items())
+                self._led.get(n) or Engine(url=url, log_path=log_path, request_timeout_s=timeout_s, key=key)
+                for n, (url, log_path, key) in sorted(found.items())
             ]
             self.servers = make_servers(config, clients + self._elsewhere, retriever_url=url, model_path=model_path)
         ranks.from_writer(self._check_elsewhere)

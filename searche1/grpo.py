@@ -6,8 +6,8 @@ Shapes: R rows (policy tokens) of a micro-batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +20,15 @@ from torch import Tensor
 from megatron_ext.flops import attention_cost
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import TokenLogprobs
+from searche1.checkpoints import Checkpoints
 from searche1.config import Config
-from searche1.data import load_questions, question_batches, write_groups
+from searche1.data import load_questions, question_batches
+from searche1.health import Watch
 from searche1.metrics import Phases, rollout_metrics
 from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.session import Session
-from searche1.types import Group, Trajectory, UserError
+from searche1.types import Group, SharedError, Stopped, Trajectory, UserError
 
 
 def group_advantages(rewards: Sequence[float], *, eps: float) -> list[float]:
@@ -146,7 +148,8 @@ def mini_batches(samples: Sequence[TrainedSample], size: int) -> list[list[Train
 def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_index: int) -> Path:
     """Train `grpo.steps` steps from `model_path`; returns the HuggingFace folder of the result. Collective.
 
-    A round that was interrupted continues from its last checkpoint.
+    A round that was interrupted continues from its last whole checkpoint, and takes the rollouts of the steps behind it
+    from the disk. One that collapses ends with its best checkpoint, or goes back to it (`health.on_collapse`).
     """
     config = session.config
     settings = config.grpo
@@ -163,46 +166,117 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
     )
     # pi_ref of the KL term is the policy at the start of this round, also when the round is continued.
     reference = policy.snapshot() if settings.kl_coef else None
-    first_step = resume(session, policy, folder / "checkpoints")
+    checkpoints = Checkpoints(session, policy, folder / "checkpoints")
+    watch = session.watch(stage)
+    step = checkpoints.resume().get("step", 0)
+    roll_backs = session.continue_behind(watch, step)
     questions = load_questions(config.data.train)
-    batches = question_batches(
-        questions,
-        batch_size=settings.prompts_per_step,
-        seed=config.run.seed,
-        round_index=round_index,
-        start=first_step,
-    )
-    for step in range(first_step, settings.steps):
+    while step < settings.steps:
+        if session.is_asked_to_stop():
+            checkpoints.stop(step, score=session.average_em(watch))
+        batch = next(
+            question_batches(
+                questions,
+                batch_size=settings.prompts_per_step,
+                seed=config.run.seed,
+                round_index=round_index,
+                start=step,
+            )
+        )
         phases = session.phases(stage, step + 1)
+        file = folder / "rollouts" / f"step_{step + 1:05d}.jsonl.gz"
+        is_sampled_before = session.from_writer(file.is_file)
         with phases("sync"):
             session.sync(policy, stage=stage)
         with phases("rollout"):
-            groups = session.rollout(
-                next(batches),
-                samples=config.rollout.group_size,
-                temperature=config.rollout.temperature,
-                seed=config.run.seed * 1_000_003 + round_index * 10_007 + step,
-                title=f"{stage} step {step + 1}",
-            )
+            try:
+                groups = session.rollout(
+                    batch,
+                    samples=config.rollout.group_size,
+                    temperature=config.rollout.temperature,
+                    seed=config.run.seed * 1_000_003 + round_index * 10_007 + step + roll_backs * 1_000_000_007,
+                    title=f"{stage} step {step + 1}",
+                    file=file,
+                )
+            except Stopped:
+                checkpoints.stop(step, score=session.average_em(watch))
         with phases("train"):
             session.to_trainer(policy)
             lr = learning_rate(step, lr=settings.lr, warmup_ratio=settings.warmup_ratio, num_steps=settings.steps)
+            lr *= config.health.roll_back_lr**roll_backs
             updates = grpo_step(policy, reference, groups, config=config, lr=lr)
-        if session.layout.is_writer:
-            write_groups(folder / "rollouts" / f"step_{step + 1:05d}.jsonl.gz", groups)
-        log_step(session, stage, step, groups, updates, phases)
+        values = log_step(session, stage, step, groups, updates, phases, is_sampled_before=is_sampled_before)
         if all(update["is_skipped"] for update in updates):
             raise UserError(
                 f"{stage} step {step + 1}: no update had a finite gradient, so the weights did not move; "
                 "the same would happen again. Lower grpo.lr, or look at metrics.jsonl for the step where it began"
             )
+        step += 1
+        action = session.from_writer(functools.partial(watch.step, step, values))
+        if action == "stop":
+            checkpoints.save(step, score=session.average_em(watch))
+            checkpoints.finish()
+            raise SharedError(
+                f"{stage} step {step}: stopped for the alarm above, as health.on_alarm and health.on_collapse say; "
+                "the same command continues, with other settings of health too"
+            )
+        if action in ("roll_back", "end_round"):
+            checkpoints.finish()
+            best = checkpoints.best()
+            if action == "roll_back" and best and roll_backs < config.health.max_roll_backs:
+                step = roll_back(session, checkpoints, watch, to=best, number=roll_backs + 1, stage=stage)
+                roll_backs = session.continue_behind(watch, step)
+                continue
+            policy = end_round(session, policy, checkpoints, watch, step=step, best=best, model_path=model_path)
+            break
         # Last, so that a continued run lacks no record of a step.
-        if settings.save_every and (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
-            save_checkpoint(session, policy, folder / "checkpoints", step=step + 1)
+        if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
+            checkpoints.save(step, score=session.average_em(watch))
+        else:
+            checkpoints.poll()
+    checkpoints.finish()
     policy.save_hf(folder / "hf")
-    if session.layout.is_writer:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the round is over; nobody continues it
+    checkpoints.remove()
     return folder / "hf"
+
+
+def roll_back(session: Session, checkpoints: Checkpoints, watch: Watch, *, to: int, number: int, stage: str) -> int:
+    """Weights and optimizer of the checkpoint of step `to`; what was sampled since is set aside. Collective."""
+    checkpoints.drop_after(to)
+    checkpoints.load(to)
+    rollouts = checkpoints.folder.parent / "rollouts"
+
+    def set_aside() -> None:
+        aside = rollouts.with_name(f"rolled_back_{number}")
+        aside.mkdir(exist_ok=True)
+        for file in sorted(rollouts.glob("step_*")):
+            if int(re.sub(r"\D", "", file.name.partition(".")[0])) > to:
+                file.rename(aside / file.name)
+        watch.record(to, rolled_back_to=to)
+
+    session.from_writer(set_aside)
+    session.tell(f"{stage}: back at step {to}, with new draws and a lower learning rate ({number}. time)")
+    return to
+
+
+def end_round(
+    session: Session,
+    policy: Policy,
+    checkpoints: Checkpoints,
+    watch: Watch,
+    *,
+    step: int,
+    best: int,
+    model_path: Path,
+) -> Policy:
+    """The policy that a collapsed round hands on: its best checkpoint's, or the one it began with. Collective."""
+    if best:
+        checkpoints.load(best)
+    else:
+        policy = session.policy(model_path, optimizer=None)
+    session.from_writer(lambda: watch.record(step, ended_with=best))
+    session.tell(f"the round ends at step {step} with the weights of step {best}, the best that were kept")
+    return policy
 
 
 def grpo_step(
@@ -278,30 +352,6 @@ def row_tensors(
     )
 
 
-def save_checkpoint(session: Session, policy: Policy, folder: Path, *, step: int) -> None:
-    """Write the checkpoint of a step and drop the ones before it. Collective."""
-    policy.save_checkpoint(folder / f"step_{step}", step=step)
-    if session.layout.is_writer:
-        for older in folder.glob("step_*"):
-            if older.name != f"step_{step}":
-                shutil.rmtree(older)
-
-
-def resume(session: Session, policy: Policy, checkpoints: Path) -> int:
-    """The step to start at: 0, or behind the last whole checkpoint, which is then loaded. Collective."""
-
-    def last() -> Path | None:
-        found = [p for p in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
-
-    newest = session.from_writer(last)
-    if newest is None:
-        return 0
-    step = policy.load_checkpoint(newest)
-    session.tell(f"continuing from {newest.name}")
-    return step
-
-
 def log_step(
     session: Session,
     stage: str,
@@ -309,15 +359,21 @@ def log_step(
     groups: Sequence[Group],
     updates: Sequence[dict[str, float]],
     phases: Phases,
-) -> None:
-    """One line on the screen and one record: rollout statistics, the mean over the step's updates, phase times."""
+    *,
+    is_sampled_before: bool,
+) -> dict[str, float]:
+    """One line on the screen and one record: rollout statistics, the mean over the step's updates, phase times.
+
+    Returns the values, on rank 0. Rollouts that came from the disk say nothing about speed.
+    """
     if session.metrics is None:
-        return
+        return {}
     rollouts = rollout_metrics(groups)
     values = rollouts | {name: statistics.fmean(u[name] for u in updates) for name in updates[0]}
     values["num_updates"] = float(len(updates))
     values["ratio_max"] = max(u["ratio_max"] for u in updates)
-    values["tokens_per_s"] = rollouts.get("policy_tokens", 0.0) / max(phases.seconds["rollout"], 1e-9)
+    if not is_sampled_before:
+        values["tokens_per_s"] = rollouts.get("policy_tokens", 0.0) / max(phases.seconds["rollout"], 1e-9)
     session.metrics.log(
         stage=stage, step=step + 1, num_steps=session.config.grpo.steps, values=values, seconds=phases.seconds
     )
@@ -332,3 +388,4 @@ def log_step(
             f"invalid actions {rollouts.get('invalid_action_share', 0):.1%}, "
             f"groups of one reward {rollouts.get('same_reward_share', 0):.0%}"
         )
+    return values

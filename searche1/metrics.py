@@ -165,6 +165,18 @@ class MetricsLog:
         self._console.print(line, markup=False, soft_wrap=True)
         self._on_step()
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What `read_metrics` says of the file."""
+        return read_metrics(self._path) if self._path.exists() else []
+
+    def rewind(self, *, stage: str, step: int) -> None:
+        """The stage goes on behind `step`: later rows of it count no more."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "rewound_to": step, "time": time.time()}) + "\n")
+        writer = self._writers.pop(stage, None)
+        if writer is not None:
+            writer.close()
+
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
@@ -208,8 +220,14 @@ def step_line(
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl in order; of steps that were run twice, the later. A line being written is left out."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    rows = (json.loads(line) for line in whole.splitlines())
-    return list({(row["stage"], row["step"]): row for row in rows}.values())
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in whole.splitlines():
+        row = json.loads(line)
+        if "rewound_to" in row:
+            rows = {key: kept for key, kept in rows.items() if key[0] != row["stage"] or key[1] <= row["rewound_to"]}
+        else:
+            rows[row["stage"], row["step"]] = row
+    return list(rows.values())
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -21,17 +21,18 @@ from megatron_ext.flops import attention_cost
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import ClippedKL
+from searche1.checkpoints import Checkpoints
 from searche1.config import Config, OPSDConfig, PairsConfig, PoolConfig
-from searche1.data import load_questions, read_groups, shuffled, write_groups
+from searche1.data import load_questions, shuffled
 from searche1.evaluation.scores import scores_of
 from searche1.evaluation.summary import summarize
 from searche1.packing import Sample, make_pair_batches, padded_length, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.prompts import teacher_prompt
 from searche1.rollout.sampler import Start
-from searche1.runs import PAIR_KL_FILE, atomic_write_json, atomic_write_text
+from searche1.runs import PAIR_KL_FILE, SELECTION_FILE, atomic_write_json, atomic_write_text
 from searche1.session import Session
-from searche1.types import Group, Question, Trajectory, UserError
+from searche1.types import Group, Question, SharedError, Trajectory, UserError
 
 # -- pairs (paper 3.2, "Pair mining") -------------------------------------------------------------
 
@@ -247,16 +248,21 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
         lora=LoraSettings(rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.run.seed + round_index),
     )
     fresh = policy.snapshot()
+    checkpoints = Checkpoints(session, policy, folder / "checkpoints")
+    if session.is_asked_to_stop():
+        checkpoints.stop(0)
     session.sync(policy, stage=stage)
     num_pairs_wanted = settings.max_steps * settings.pairs_per_step
     groups, pairs = collect_pairs(
         session, folder, round_index=round_index, num_pairs_wanted=num_pairs_wanted, stage=stage
     )
-    check = teacher_check(session, groups, pairs, round_index=round_index)
-    if session.layout.is_writer and check is not None:
-        atomic_write_json(folder / "teacher_check.json", {**asdict(check), "gap": check.gap})
+    check_file = folder / "teacher_check.json"
+    if not session.from_writer(check_file.is_file):
+        check = teacher_check(session, groups, pairs, round_index=round_index)
+        if session.layout.is_writer and check is not None:
+            atomic_write_json(check_file, {**asdict(check), "gap": check.gap})
     trained = session.from_writer(lambda: trained_pairs(session, pairs))
-    best = train_adapter(session, policy, trained, fresh=fresh, stage=stage, round_index=round_index)
+    best = train_adapter(session, policy, trained, checkpoints, fresh=fresh, stage=stage, round_index=round_index)
     session.to_trainer(policy)
     policy.restore(best)
     shown = token_kls(policy, trained[:NUM_SHOWN_PAIRS], config)
@@ -264,6 +270,7 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
         write_token_kls(folder / PAIR_KL_FILE, shown)
     policy.save_adapter(folder / "adapter")
     policy.save_hf(folder / "hf")
+    checkpoints.remove()
     return folder / "hf"
 
 
@@ -284,18 +291,14 @@ def collect_pairs(
             break
         piece = folder / "pool" / f"groups_{number:05d}.jsonl.gz"
         questions = order[start : start + pool.chunk_questions]
-        if session.from_writer(piece.is_file):
-            found = session.from_writer(functools.partial(read_groups, piece))
-        else:
-            found = session.rollout(
-                questions,
-                samples=pool.rollouts_per_question,
-                temperature=config.rollout.temperature,
-                seed=config.run.seed * 1_000_003 + (500 + round_index) * 10_007 + number,
-                title=f"{stage} pool {start + len(questions)}/{len(order)} questions",
-            )
-            if session.layout.is_writer:
-                write_groups(piece, found)
+        found = session.rollout(
+            questions,
+            samples=pool.rollouts_per_question,
+            temperature=config.rollout.temperature,
+            seed=config.run.seed * 1_000_003 + (500 + round_index) * 10_007 + number,
+            title=f"{stage} pool {start + len(questions)}/{len(order)} questions",
+            file=piece,
+        )
         groups += found
         for group in found:
             pair, record = mine_pair(group, config.pairs)
@@ -340,6 +343,7 @@ def train_adapter(
     session: Session,
     policy: Policy,
     pairs: Sequence[TrainedPair],
+    checkpoints: Checkpoints,
     *,
     fresh: dict[str, Tensor],
     stage: str,
@@ -347,14 +351,20 @@ def train_adapter(
 ) -> dict[str, Tensor]:
     """Train, validate every few updates, and return the adapter with the best validation EM. Collective.
 
-    The `fresh` adapter (step 0), which engines have, is a candidate; ties keep the earlier one.
+    The `fresh` adapter (step 0), which engines have, is a candidate; ties keep the earlier one. A checkpoint is written
+    with each validation; a round that was stopped continues from the last.
     """
     settings = session.config.opsd
     order = batch_order(len(pairs), settings, seed=session.config.run.seed + round_index)
-    best_em, best_step = validation_em(session, stage=stage, step=0), 0
-    session.tell(f"{stage} step 0/{len(order)}  validation EM {best_em:.3f} (adapter off)")
-    best = fresh
-    for step, members in enumerate(order, start=1):
+    start_em = validation_em(session, stage=stage, step=0)
+    session.tell(f"{stage} step 0/{len(order)}  validation EM {start_em:.3f} (adapter off)")
+    found = resume_adapter(session, policy, checkpoints)
+    best_em, best_step, best = (start_em, 0, fresh) if found.adapter is None else (found.em, found.step, found.adapter)
+    watch = session.watch(stage)
+    session.continue_behind(watch, found.done)
+    for step, members in enumerate(order[found.done :], start=found.done + 1):
+        if session.is_asked_to_stop():
+            checkpoints.stop(step - 1, state={"best_em": best_em, "best_step": best_step})
         phases = session.phases(stage, step)
         with phases("train"):
             session.to_trainer(policy)
@@ -371,9 +381,61 @@ def train_adapter(
             session.tell(f"{stage} step {step}/{len(order)}  validation EM {metrics['validation_em']:.3f}")
         if session.metrics is not None:
             session.metrics.log(stage=stage, step=step, num_steps=len(order), values=metrics, seconds=phases.seconds)
+        # KL to the teacher is what this round is about, not a sign of harm.
+        action = session.from_writer(
+            functools.partial(watch.step, step, {k: v for k, v in metrics.items() if k != "kl"})
+        )
+        if ("validation_em" in metrics and step < len(order)) or action == "stop":
+            session.to_trainer(policy)
+            score, state = metrics.get("validation_em"), {"best_em": best_em, "best_step": best_step}
+            checkpoints.save(step, score=score, state=state)
+        if action == "stop":
+            checkpoints.finish()
+            raise SharedError(
+                f"{stage} step {step}: stopped for the alarm above, as health.on_alarm says; the same command continues"
+            )
+        checkpoints.poll()
+    checkpoints.finish()
+    selection = {"start_em": start_em, "best_em": best_em, "best_step": best_step, "num_steps": len(order)}
+    session.from_writer(lambda: atomic_write_json(session.run.directory / stage / SELECTION_FILE, selection))
     kept = f"the adapter of step {best_step}" if best_step else "step 0: no adapter improved on the GRPO policy"
     session.tell(f"{stage}: best validation EM {best_em:.3f}; merging {kept}")
     return best
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """What a stopped round has on the disk: updates done, and the best adapter so far; None where that is step 0's."""
+
+    done: int = 0
+    step: int = 0
+    em: float = 0.0
+    adapter: dict[str, Tensor] | None = None
+
+
+def resume_adapter(session: Session, policy: Policy, checkpoints: Checkpoints) -> FoundAdapter:
+    """The newest checkpoint in the policy, and the best adapter as it was. Collective."""
+    state = checkpoints.resume()
+    done = state.get("step", 0)
+
+    def drop_later_validations() -> None:  # of an adapter that will be trained again, to other bits on a GPU
+        for file in (checkpoints.folder.parent / "validation").glob("step_*.jsonl.gz"):
+            if int(file.name[5:10]) > done:
+                file.unlink()
+
+    session.from_writer(drop_later_validations)
+    step = state.get("best_step", 0)
+    if step == 0:
+        return FoundAdapter(done)
+    if not checkpoints.is_whole(step):
+        raise SharedError(
+            f"the best adapter of this round, {checkpoints.folder}/step_{step}, is damaged; restore it, or delete "
+            f"{checkpoints.folder} to train the round's adapter again from its first update"
+        )
+    checkpoints.load(step)
+    best = policy.snapshot()
+    checkpoints.load(done)
+    return FoundAdapter(done, step, state["best_em"], best)
 
 
 def batch_order(num_pairs: int, settings: OPSDConfig, *, seed: int) -> list[list[int]]:
@@ -404,6 +466,7 @@ def validation_em(session: Session, *, stage: str, step: int) -> float:
         temperature=config.eval.validation_temperature,
         seed=config.run.seed * 1_000_003 + 900_001,  # the same draws for every candidate
         title=f"{stage} validation at step {step}",
+        file=session.run.directory / stage / "validation" / f"step_{step:05d}.jsonl.gz",
     )
     return summarize(scores_of(groups)).macro_em
 

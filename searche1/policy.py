@@ -8,7 +8,7 @@ Shapes: R rows of a micro-batch, H hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.buckets import Bucket, stream_buckets
-from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_ext.hf_io import (
     BUCKET_BYTES,
     TensorSpec,
@@ -47,7 +47,7 @@ from megatron_ext.vocab_parallel import ClippedKL, RowLoss, TokenLogprobs, kl_lo
 from searche1.config import TrainConfig
 from searche1.models import choose_dtype
 from searche1.packing import PackedBatch
-from searche1.types import UserError
+from searche1.types import SharedError, UserError
 
 # (hidden states of the rows [R, H], micro-batch number) -> (loss, metrics). Metrics are sums over rows of
 # weighted values, so they add up over micro-batches and ranks; names ending in "_max" take the maximum.
@@ -74,6 +74,14 @@ def read_shape(model_path: Path) -> ModelShape:
 
 def model_settings(train: TrainConfig, layout: Layout) -> ModelSettings:
     return ModelSettings(choose_dtype(train.dtype, layout.device.type), train.recompute)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SharedError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -120,6 +128,7 @@ class Policy:
         self._shard = vocab_shard(self.shape, layout)
         self._ddp = None
         self._on_host: dict[str, HostOffload] = {}
+        self._writer = CheckpointWriter()
         if optimizer is not None:
             self._ddp = wrap_data_parallel(self._model, distributed_optimizer=optimizer.distributed)
             self._optimizer = build_optimizer(self._ddp, optimizer, self.dtype)
@@ -386,10 +395,14 @@ class Policy:
         for name, local, dim in adapter_tensors(adapter):
             yield name, local if dim is None else torch.cat(gather_shards(local, self.layout), dim=dim)
 
-    def save_checkpoint(self, folder: Path, *, step: int) -> None:
-        """Megatron dist_checkpoint of weights and optimizer, readable in any layout. Collective."""
+    def save_checkpoint(self, folder: Path, *, step: int, state: Mapping[str, Any] | None = None) -> None:
+        """Begin a Megatron dist_checkpoint of what is trained and its optimizer, readable in any layout. Collective.
+
+        Training goes on while it is written; `poll_checkpoint` and `finish_checkpoint` give the folder its name.
+        `state` are more plain values to keep with it. Raises UserError if an earlier one could not be written.
+        """
         assert self._ddp is not None and self.is_on_device
-        state: dict[str, Any] = {"step": step, "version": self.version}
+        state = {**(state or {}), "step": step, "version": self.version}
         if self._lora is not None:
             lora = {
                 "rank": self._lora.rank,
@@ -397,11 +410,22 @@ class Policy:
                 "base_fingerprint": fingerprint(self.model_path),
             }
             state["lora"] = lora  # what tools/merge_lora.py asks for
-        save_checkpoint(self._ddp, self._optimizer, folder, state=state)
+        with _told():
+            self._writer.begin(self._ddp, self._optimizer, folder, state=state, only_trained=self.has_adapters)
+
+    def poll_checkpoint(self) -> None:
+        """Publishes the checkpoint under way if it is on the disk. Collective. Raises UserError if it failed."""
+        with _told():
+            self._writer.poll()
+
+    def finish_checkpoint(self) -> None:
+        """Waits for the checkpoint under way. Collective. Raises UserError if it could not be written."""
+        with _told():
+            self._writer.finish()
 
     def load_checkpoint(self, folder: Path) -> int:
         """Returns the step that was saved. Collective."""
         assert self._ddp is not None
-        state = load_checkpoint(self._ddp, self._optimizer, folder)
+        state = load_checkpoint(self._ddp, self._optimizer, folder, only_trained=self.has_adapters)
         self.version = state["version"]
         return state["step"]

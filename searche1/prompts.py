@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,11 @@ class Passage(Protocol):
     def contents(self) -> str: ...
 
 
+def fill(template: str, **values: str) -> str:
+    """The template with {name} replaced, once: braces inside a value, such as a passage's, are text."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+
+
 def normalize_question(question: str) -> str:
     """Stripped, and ending in a question mark, as Search-R1 prepares its data."""
     question = question.strip()
@@ -36,13 +42,17 @@ def normalize_question(question: str) -> str:
 
 def student_prompt(question: str, prompt: PromptConfig) -> str:
     """P_S(q) of Eq. 3: instruction and question, before the chat template."""
-    return prompt.user.replace("{question}", normalize_question(question))
+    return fill(prompt.user, question=normalize_question(question))
 
 
 def teacher_prompt(question: str, reference: str, prompt: PromptConfig) -> str:
     """P_T(q, tau_ref) of Eq. 4: the same instruction and question, then the reference trajectory's text."""
-    text = prompt.teacher.replace("{student_prompt}", student_prompt(question, prompt))
-    return text.replace("{question}", normalize_question(question)).replace("{reference}", reference.strip())
+    return fill(
+        prompt.teacher,
+        student_prompt=student_prompt(question, prompt),
+        question=normalize_question(question),
+        reference=reference.strip(),
+    )
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -58,11 +68,10 @@ def format_documents(passages: Sequence[Passage], prompt: PromptConfig) -> str:
     parts = []
     for rank, passage in enumerate(passages, start=1):
         title, _, text = passage.contents.partition("\n")
-        line = prompt.document.replace("{rank}", str(rank)).replace("{title}", title)
-        parts.append(line.replace("{text}", text))
+        parts.append(fill(prompt.document, rank=str(rank), title=title, text=text))
     return "".join(parts).strip()
 
 
 def information(passages: Sequence[Passage], prompt: PromptConfig) -> str:
     """The observation that answers a search."""
-    return prompt.information.replace("{documents}", format_documents(passages, prompt))
+    return fill(prompt.information, documents=format_documents(passages, prompt))

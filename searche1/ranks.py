@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_ext.heartbeat import BEAT_EVERY_S, Heartbeat
 from megatron_ext.parallel import Layout
-from searche1.types import SharedError, UserError
+from searche1.types import SharedError, Stopped, UserError
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Ranks:
             dist.broadcast_object_list(outcome, src=0)
         value, problem = outcome[0]
         if problem is not None:
-            raise SharedError(str(problem)) from problem
+            raise (Stopped if isinstance(problem, Stopped) else SharedError)(str(problem)) from problem
         return value  # type: ignore[return-value]
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from searche1.config import Config, load_config
+from searche1.config import Config, config_keys, load_config
 from searche1.types import UserError
 
 # Settings of where and how fast a run computes, not of what: a run may be continued with others.
@@ -36,6 +36,7 @@ HARMLESS_KEYS = frozenset(
         "engine.port",
         "engine.count",
         "engine.urls",
+        "engine.token_file",
         "engine.verify_sync",
         "engine.mem_fraction",
         "engine.max_total_tokens",
@@ -63,6 +64,8 @@ HARMLESS_KEYS = frozenset(
         "parallel.sequence",
         "train.max_tokens",  # row weights make the loss the same however a batch is packed
         "train.offload",
+        "train.keep_last",
+        "train.keep_every",
         "train.recompute",
         "train.loss_mode",
         "train.logits_chunk",
@@ -72,6 +75,7 @@ HARMLESS_KEYS = frozenset(
         "opsd.teacher_check_questions",
         "rollout.max_in_flight",
         "grpo.save_every",
+        *(key for key in config_keys() if key.startswith("health.")),  # only what is done about an alarm
     }
 )
 RECORDED_PACKAGES = (
@@ -87,6 +91,7 @@ RECORDED_PACKAGES = (
 )
 RECORDED_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE")
 PAIR_KL_FILE = "pair_kl.jsonl"  # of an OPSD stage
+SELECTION_FILE = "selection.json"  # of an OPSD stage: validation EMs, and which adapter was merged
 CHECKSUM_LIMIT_BYTES = 64 * 2**20  # larger files are recorded by size only
 
 

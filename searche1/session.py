@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,16 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from megatron_ext.lifetime import forks_die_with_us
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from megatron_ext.vocab_parallel import native
 from searche1.colocation import Phase
 from searche1.config import Config
-from searche1.data import load_questions
+from searche1.data import load_questions, read_groups, write_groups
 from searche1.engines import Engines, places_of
+from searche1.health import HEALTH_FILE, Watch
 from searche1.metrics import MetricsLog, Phases, Tracker, WandbTracker
 from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
 from searche1.packing import Sample, make_batches, padded_length, row_weights, sharing_of
@@ -37,12 +40,14 @@ from searche1.policy import Policy, check_model, read_shape
 from searche1.progress import progress_line
 from searche1.ranks import Ranks
 from searche1.rollout.fleet import NoEngineLeft
-from searche1.rollout.sampler import Rollouts, Sampler, Start
+from searche1.rollout.journal import Entry, Journal, read_journal
+from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
 from searche1.runs import Run, only_run_in, open_run
 from searche1.screen import Screen
+from searche1.stopping import StopRequest, end_on_interrupt
 from searche1.timeline import Timeline
-from searche1.types import Group, Question, SharedError, UserError
+from searche1.types import Group, Question, SharedError, Stopped, Trajectory, UserError
 
 T = TypeVar("T")
 
@@ -91,6 +96,10 @@ class Session:
         self, config: Config, stack: contextlib.ExitStack, needs: Sequence[str], prepare: Callable[[], None]
     ) -> None:
         self.config = config
+        self._stop = StopRequest()
+        stack.enter_context(self._stop.listening())
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        forks_die_with_us()  # such as the writers of checkpoints, who would hold on to the run directory
         self.console = Console(stderr=False, highlight=False)
         device = choose_device(config.run.device)
         parallel = config.parallel
@@ -149,6 +158,7 @@ class Session:
         # Prompts, until there are trajectories.
         probe_file = getattr(config.data, needs[0])
         self._probe_ids = self.from_writer(lambda: self._prompts(probe_file))
+        stack.callback(end_on_interrupt)  # servers are being stopped then: a second Ctrl-C means it
 
     def _fitted(self, config: Config) -> Config:
         """With what the config leaves to this GPU's memory, or to a CPU that has enough."""
@@ -281,16 +291,36 @@ class Session:
     # -- rollouts ---------------------------------------------------------------------------------
 
     def rollout(
-        self, questions: Sequence[Question], *, samples: int, temperature: float, seed: int, title: str
+        self,
+        questions: Sequence[Question],
+        *,
+        samples: int,
+        temperature: float,
+        seed: int,
+        title: str,
+        file: Path,
     ) -> list[Group]:
-        """`samples` scored trajectories per question, from the weights of the last sync. Collective."""
+        """`samples` scored trajectories per question, from the weights of the last sync. Collective.
+
+        They are kept in `file`, and come from it if it is there. A run that was stopped on the way goes on with what
+        it had finished. Raises Stopped when the run is asked to stop.
+        """
+        if self.from_writer(file.is_file):
+            return self.from_writer(lambda: read_groups(file))
 
         def begin() -> tuple[Sampler, Rollouts]:
             assert self.servers is not None
             sampler = self.servers.student
             return sampler, Rollouts(sampler.starts(questions), samples)
 
-        groups = self._sample(begin, temperature=temperature, seed=seed, title=title)
+        unfinished = file.with_name(f"{file.name}.unfinished")
+        groups = self._sample(begin, temperature=temperature, seed=seed, title=title, unfinished=unfinished)
+
+        def keep() -> None:
+            write_groups(file, groups)
+            unfinished.unlink()
+
+        self.from_writer(keep)
         self._remember_for_probe(groups)
         return groups
 
@@ -306,9 +336,18 @@ class Session:
         return self._sample(begin, temperature=temperature, seed=seed, title=title)
 
     def _sample(
-        self, begin: Callable[[], tuple[Sampler, Rollouts]], *, temperature: float, seed: int, title: str
+        self,
+        begin: Callable[[], tuple[Sampler, Rollouts]],
+        *,
+        temperature: float,
+        seed: int,
+        title: str,
+        unfinished: Path | None = None,
     ) -> list[Group]:
-        """Sample to the end, also when no engine is left on the way: they are started again. Collective."""
+        """Sample to the end, also when no engine is left on the way: they are started again. Collective.
+
+        What is done is written to `unfinished` as it finishes, and taken from there first.
+        """
         assert self._synced is not None, "engines have weights after a sync"
         policy, stage = self._synced
         work = begin() if self.layout.is_writer else None
@@ -317,7 +356,14 @@ class Session:
             assert work is not None
             sampler, rollouts = work
             show = self.screen.status if self.screen.is_on else None
-            with progress_line(self.console, title, self.ranks.beat, show=show) as progress:
+            journal = contextlib.nullcontext() if unfinished is None else kept_in(unfinished, rollouts)
+            with journal, progress_line(self.console, title, self.ranks.beat, show=show) as tell_progress:
+
+                def progress(done: int, total: int, mean_reward: float) -> None:
+                    tell_progress(done, total, mean_reward)
+                    if self._stop.is_made:
+                        raise Stopped(f"stopped during {title}; the same command continues from there")
+
                 try:
                     return sampler.sample(rollouts, temperature=temperature, seed=seed, progress=progress)
                 except NoEngineLeft as error:
@@ -334,6 +380,31 @@ class Session:
                 self.sync(policy, stage=stage)
         return groups
 
+    def watch(self, stage: str) -> Watch:
+        """The record of a stage's health; it is kept on rank 0."""
+        return Watch(self.run.directory / HEALTH_FILE, stage, self.config.health, self.tell)
+
+    def continue_behind(self, watch: Watch, step: int) -> int:
+        """Metrics and health go on behind a step; returns how often the stage has been rolled back. Collective."""
+
+        def go_on() -> int:
+            assert self.metrics is not None
+            stage = watch.stage
+            if any(row["stage"] == stage and row["step"] > step for row in self.metrics.rows()):
+                self.metrics.rewind(stage=stage, step=step)
+            watch.start([row["values"] for row in self.metrics.rows() if row["stage"] == stage])
+            return watch.num_roll_backs()
+
+        return self.from_writer(go_on)
+
+    def average_em(self, watch: Watch) -> float | None:
+        """Of the stage's last rollouts. Collective."""
+        return self.from_writer(watch.average_em)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether any rank has got SIGTERM. Collective."""
+        return any(self.ranks.everywhere(lambda: self._stop.is_made))
+
     def phases(self, stage: str, step: int) -> Phases:
         """A step's stopwatch, whose parts are on this rank's timeline too."""
         return Phases(timeline=self.timeline, stage=stage, step=step)
@@ -346,6 +417,26 @@ class Session:
             if trajectory.status != "error"
         )
         self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
+
+
+@contextlib.contextmanager
+def kept_in(path: Path, rollouts: Rollouts) -> Iterator[None]:
+    """Rollouts that begin with what `path` holds and add to it as they finish. What failed is tried again."""
+    places = {start.question.key: i for i, start in enumerate(rollouts.starts)}
+    with Journal(path) as journal:
+        for entry in read_journal(path):
+            place = (places[entry.question.key], entry.sample)
+            if entry.trajectory.status != "error" and place not in rollouts.rewards:
+                rollouts.finish(place, entry.trajectory)
+
+        def note(place: Place, trajectory: Trajectory) -> None:
+            journal.add(Entry(rollouts.starts[place[0]].question, place[1], trajectory))
+
+        rollouts.note = note
+        try:
+            yield
+        finally:
+            rollouts.note = None
 
 
 def peak_memory_gb(device: torch.device) -> float:

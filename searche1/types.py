@@ -26,6 +26,10 @@ class SharedError(UserError):
     """A UserError that every rank raises alike: one of them tells it."""
 
 
+class Stopped(SharedError):
+    """A run stopped because it was asked to, with everything on the disk that it needs to continue."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One question. `(source, id)` is unique: ids restart in every data set."""

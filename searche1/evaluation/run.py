@@ -26,20 +26,20 @@ from rich.console import Console
 from searche1.config import SEARCH_R1_USER, Config, RolloutConfig
 from searche1.console import open_console
 from searche1.data import load_questions
-from searche1.evaluation.answers import ANSWERS_FILE, Answer, AnswerFile, read_answers
 from searche1.evaluation.results import Provenance, write_results
-from searche1.evaluation.scores import SCORES_FILE, Score, score, write_scores
+from searche1.evaluation.scores import ANSWERS_FILE, SCORES_FILE, Score, score, write_scores
 from searche1.evaluation.summary import summarize
 from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
 from searche1.progress import progress_line
-from searche1.prompts import Tokenizer, encode_prompt, format_documents, normalize_question, student_prompt
+from searche1.prompts import Tokenizer, encode_prompt, fill, format_documents, normalize_question, student_prompt
 from searche1.retrieval.client import Passage, RetrieverClient, RetrieverError
 from searche1.rollout import protocol
 from searche1.rollout.engine import Engine
 from searche1.rollout.fleet import Fleet, NoEngineLeft
+from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.places import engine_places
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start, run_all
-from searche1.rollout.servers import make_retriever_client, start_engine_at, start_retriever
+from searche1.rollout.servers import engine_key, make_retriever_client, start_engine_at, start_retriever
 from searche1.runs import atomic_write_json, file_records, only_run_in, open_run, read_json
 from searche1.types import Question, Trajectory, UserError
 
@@ -75,11 +75,10 @@ class Exam:
             case "search":
                 return student_prompt(question.text, prompt)
             case "direct":
-                return prompt.direct.replace("{question}", normalize_question(question.text))
+                return fill(prompt.direct, question=normalize_question(question.text))
             case _:
                 documents = self._cut(format_documents(passages, prompt))
-                text = prompt.rag.replace("{documents}", documents)
-                return text.replace("{question}", normalize_question(question.text))
+                return fill(prompt.rag, documents=documents, question=normalize_question(question.text))
 
     def start(self, question: Question, passages: Sequence[Passage] = ()) -> Start:
         return Start(question, encode_prompt(self.prompt(question, passages), self.tokenizer))
@@ -199,7 +198,7 @@ def finished_scores(exam: Exam, path: Path) -> dict[tuple[str, int], Score]:
         return {}
     by_key = {question.key: question for question in exam.questions}
     found = {}
-    for answer in read_answers(path):
+    for answer in read_journal(path):
         question = by_key[answer.question.key]
         if answer.trajectory.status != "error":
             found[question.key, answer.sample] = exam.score(question, answer.trajectory, sample=answer.sample)
@@ -232,7 +231,8 @@ def start_engines(
     """Engines with the model on every GPU of this machine, or those of engine.urls. Raises UserError."""
     config, rollout = exam.config, exam.rollout
     if config.engine.urls:
-        engines = [Engine(url=url, request_timeout_s=config.engine.request_timeout_s) for url in config.engine.urls]
+        timeout_s, key = config.engine.request_timeout_s, engine_key(config)
+        engines = [Engine(url=url, request_timeout_s=timeout_s, key=key) for url in config.engine.urls]
     else:
         num_gpus = torch.cuda.device_count() if exam.device == "cuda" else 1
         places = engine_places(
@@ -306,11 +306,11 @@ def sample_rest(
         rollout=exam.rollout,
         prompt=exam.config.prompt,
     )
-    with AnswerFile(path) as answers:
+    with Journal(path) as answers:
 
         def take(place: Place, trajectory: Trajectory) -> None:
             question = exam.questions[place[0]]
-            answers.add(Answer(question, place[1], trajectory))
+            answers.add(Entry(question, place[1], trajectory))
             scores[question.key, place[1]] = exam.score(question, trajectory, sample=place[1])
 
         rewards: dict[Place, float | None] = {

@@ -16,7 +16,9 @@ from searche1.runs import atomic_path
 from searche1.types import Group, Question, Trajectory, UserError
 
 SCORES_FILE = "scores.jsonl.gz"
+ANSWERS_FILE = "answers.jsonl.gz"  # every trajectory of an evaluation, as it finished
 GROUPS_FILE = "eval_groups.jsonl.gz"  # of a stage of a run
+GREEDY_GROUPS_FILE = "eval_greedy_groups.jsonl.gz"  # the same questions, decoded greedily
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from searche1.evaluation.answers import ANSWERS_FILE, read_answers
-from searche1.evaluation.scores import GROUPS_FILE
+from searche1.evaluation.scores import ANSWERS_FILE, GROUPS_FILE
 from searche1.rewards import em_reward
+from searche1.rollout.journal import read_journal
 from searche1.runs import PAIR_KL_FILE
 from searche1.types import Question, Trajectory, UserError, question_from_json, trajectory_from_json
 
@@ -161,7 +161,7 @@ class _Kept:
 
 def _groups(where: Where, kept: _Kept) -> Iterator[tuple[Question, list[tuple[int, Trajectory, float]]]]:
     if where.path.name == ANSWERS_FILE:
-        for answer in read_answers(where.path):
+        for answer in read_journal(where.path):
             kept.total += 1
             if kept.wants(answer.question.key):
                 trajectory = answer.trajectory

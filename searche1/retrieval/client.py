@@ -224,7 +224,7 @@ def parse_answer(body: str, *, num_queries: int, topk: int) -> list[Found]:
     try:
         rows = json.loads(body)["result"]
         answers = [tuple(_parse_passage(hit) for hit in _as_list(row)) for row in _as_list(rows)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RetrieverError(
             f"the retriever's answer is malformed ({type(error).__name__}: {error}): {body[:200]!r}; needed "
             '{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}'
@@ -247,4 +247,5 @@ def _parse_passage(hit: Any) -> Passage:
     document = hit["document"]
     if not isinstance(document["contents"], str):
         raise TypeError(f"contents must be a string, got {type(document['contents']).__name__}")
-    return Passage(id=str(document["id"]), contents=document["contents"], score=float(hit["score"]))
+    contents = document["contents"].encode(errors="replace").decode()  # half a surrogate pair is no text
+    return Passage(id=str(document["id"]), contents=contents, score=float(hit["score"]))

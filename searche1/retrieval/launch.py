@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,10 @@ class RetrieverServer:
         """From now on, starts it again at the same address whenever it ends: requests wait in its socket meanwhile."""
         # The thread lasts as long as the server: Linux ends a child with the thread that started it.
         threading.Thread(target=self._watch, name="retriever", daemon=True).start()
+
+    def restart(self) -> None:
+        """Starts a child that has ended once more."""
+        self.process = self._start()
 
     def stop(self) -> None:
         """Ends the child; may be called again."""
@@ -133,6 +138,7 @@ def _wait_until_healthy(server: RetrieverServer, *, log_start: int, timeout_s: f
     health_url = server.url.removesuffix("/retrieve") + "/health"
     start = time.monotonic()
     next_report_s = PROGRESS_EVERY_S
+    may_restart = True
     while True:
         try:
             opener.open(health_url, timeout=5).close()
@@ -140,6 +146,10 @@ def _wait_until_healthy(server: RetrieverServer, *, log_start: int, timeout_s: f
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             waited_s = time.monotonic() - start  # not listening yet
         code = server.process.poll()
+        if code == -signal.SIGKILL and may_restart:  # whoever killed it may have had another reason
+            may_restart = False
+            server.restart()
+            continue
         if code is not None or waited_s > timeout_s:
             fault = f"did not answer within {timeout_s:g} s" if code is None else f"ended with exit code {code}"
             tail = _log_tail(server.log_path, log_start)

@@ -21,7 +21,7 @@ def activate() -> str | None:
     """The platform class for a machine without CUDA, else None. SGLang calls it in each of its processes."""
     if torch.cuda.is_available():
         return None
-    if importlib.util.find_spec("torchvision") is None:  # cpu_server has done it in the server's own processes
+    if importlib.util.find_spec("torchvision") is None:  # engine_server has done it in the server's own processes
         stub_torchvision()  # here, because SGLang imports its model configurations right after
     return "searche1.rollout.cpu_platform:CpuPlatform"
 

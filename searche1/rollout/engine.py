@@ -9,12 +9,12 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import ctypes
 import errno
 import importlib.util
 import io
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -32,6 +32,8 @@ import torch
 import torch.multiprocessing  # registers how tensors travel between processes
 
 from megatron_ext.buckets import Bucket
+from megatron_ext.lifetime import die_with_parent
+from searche1.rollout.engine_server import KEY_VARIABLE
 from searche1.types import Completion, UserError
 
 CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and SGLang's own choice is most of memory
@@ -43,8 +45,6 @@ WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can p
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
 
 _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
 
 
 class EngineError(UserError):
@@ -68,14 +68,18 @@ class Engine:
         log_path: Path | None = None,
         request_timeout_s: float = 600.0,
         launch: Callable[[], subprocess.Popen[bytes]] | None = None,
+        key: str = "",
     ) -> None:
-        """A client of the server at `url`; with `launch`, which starts it, its owner too."""
+        """A client of the server at `url` that knows its API key; with `launch`, which starts it, its owner too."""
         self.url = url
+        self.key = key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.log_path = log_path
         self._launch = launch
         self._process = launch() if launch else None
         self._request_timeout_s = request_timeout_s
         self._http = requests.Session()
+        self._http.headers.update(self._headers)
         self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
         self._has_sessions = False
         if launch:
@@ -88,10 +92,18 @@ class Engine:
         self.stop()
 
     def wait_until_ready(self, *, timeout_s: float, progress: Callable[[float], None] | None = None) -> None:
-        """Returns when the server has generated a first token. `progress` gets the seconds waited so far."""
+        """Returns when the server has generated a first token. `progress` gets the seconds waited so far.
+
+        A process that is killed meanwhile is started once more: whoever killed it may have had another reason.
+        """
         start = time.monotonic()
+        may_restart = self._launch is not None
         while (waited := time.monotonic() - start) < timeout_s:
             if self.has_stopped():
+                if may_restart and self._process is not None and self._process.returncode == -signal.SIGKILL:
+                    may_restart = False
+                    self.restart()
+                    continue
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
                 if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
@@ -138,7 +150,9 @@ class Engine:
         }
         timeout = aiohttp.ClientTimeout(total=self._request_timeout_s)
         try:
-            async with session.post(f"{self.url}/generate", json=request, timeout=timeout) as response:
+            async with session.post(
+                f"{self.url}/generate", json=request, timeout=timeout, headers=self._headers
+            ) as response:
                 status, body = response.status, await response.text(errors="replace")
         except TimeoutError as error:
             raise EngineLost(f"{self.url} did not complete a turn within {self._request_timeout_s:g} s") from error
@@ -299,8 +313,8 @@ def start_engine(
     assert threading.current_thread() is threading.main_thread()
     kind, _, index = device.partition(":")
     port = _free_port(host, port)
-    module = "searche1.rollout.cpu_server" if kind == "cpu" else "sglang.launch_server"
-    command = [sys.executable, "-m", module, "--model-path", str(model_path)]
+    key = secrets.token_hex(32)  # who may ask it may also give it weights, which are pickles
+    command = [sys.executable, "-m", "searche1.rollout.engine_server", "--model-path", str(model_path)]
     command += ["--host", host, "--port", str(port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
@@ -343,13 +357,13 @@ def start_engine(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(kind, host=host, tensor=tensor),
+                env={**_environment(kind, host=host, tensor=tensor), KEY_VARIABLE: key},
                 start_new_session=True,  # Ctrl-C reaches us first, and one signal reaches all of its processes
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     url = f"http://{host}:{port}"
-    return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch)
+    return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch, key=key)
 
 
 def parse_completion(answer: dict[str, Any]) -> Completion:
@@ -406,10 +420,6 @@ def cores_of_ranks(num_ranks: int) -> str:
     share = max(1, len(cores) // num_ranks)
     parts = [cores[rank * share % len(cores) :][:share] for rank in range(num_ranks)]
     return "|".join(f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port(host: str, port: int) -> int:

@@ -66,6 +66,7 @@ class Rollouts:
     starts: Sequence[Start]
     samples: int  # trajectories of each start
     take: Take | None = None  # gets what is done, which is not kept here then: it may be more than memory holds
+    note: Take | None = None  # is told of what is done, which stays here
     rewards: dict[Place, float | None] = field(default_factory=dict)  # of those done; None where a fault ended it
     trajectories: dict[Place, Trajectory] = field(default_factory=dict)
     states: dict[Place, protocol.State] = field(default_factory=dict)
@@ -74,6 +75,8 @@ class Rollouts:
         """Scores it, and keeps it or hands it on; returns its reward, None for a fault."""
         is_fault = trajectory.status == "error"
         reward = None if is_fault else em_reward(trajectory, self.starts[place[0]].question)
+        if self.note is not None:
+            self.note(place, trajectory)
         if self.take is not None:
             self.take(place, trajectory)
         else:

@@ -18,7 +18,7 @@ from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.places import EnginePlace
 from searche1.rollout.sampler import Sampler
-from searche1.types import Question
+from searche1.types import Question, UserError
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,19 @@ def check_retriever(url: str, config: Config) -> None:
 def retriever_token(config: Config) -> str:
     """The token of a retriever elsewhere, "" for none. Raises UserError."""
     return read_token(Path(config.retriever.token_file)) if config.retriever.token_file else ""
+
+
+def engine_key(config: Config) -> str:
+    """The API key of engines elsewhere, "" for none. Raises UserError."""
+    file = config.engine.token_file
+    if not file:
+        return ""
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"engine.token_file={file} cannot be read ({error}); it holds the --api-key of the servers in engine.urls"
+        ) from error
 
 
 def longest_context(config: Config) -> int:

@@ -57,7 +57,7 @@ def kill_engine(log: Path) -> None:
     servers = [
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
-        if b"cpu_server" in _read(folder / "cmdline") and _target(folder / "fd/1") == str(log.resolve())
+        if b"engine_server" in _read(folder / "cmdline") and _target(folder / "fd/1") == str(log.resolve())
     ]
     assert servers
     os.kill(min(servers), signal.SIGKILL)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from command import POLICY, ROOT, searche1, toy_engine
 
-from searche1.evaluation.answers import read_answers
 from searche1.retrieval.launch import launch_retriever
+from searche1.rollout.journal import read_journal
 
 pytestmark = pytest.mark.slow
 
@@ -70,13 +70,13 @@ def test_a_killed_evaluation_goes_on_and_finds_what_an_unbroken_one_finds(
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    num_before = len(list(read_answers(file)))
+    num_before = len(list(read_journal(file)))
     assert 0 < num_before < 900
 
     again = searche1(*command(toy_world, broken, *asked))
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{num_before:,} of 900 trajectories are in {broken}" in again.stdout
-    answers = [(answer.question.key, answer.sample) for answer in read_answers(file)]
+    answers = [(answer.question.key, answer.sample) for answer in read_journal(file)]
     assert len(answers) == len(set(answers)) == 900
     for key in ("average_em", "sources", "macro_em_by_sample"):
         assert results(broken)[key] == results(tmp_path / "whole")[key]
@@ -97,7 +97,7 @@ def test_retrieval_augmented_generation_reads_passages_and_never_searches(
     done = searche1(*command(toy_world, out, *servers, *chosen))
     assert done.returncode == 0, done.stdout + done.stderr
     assert results(out)["overall"]["num_questions"] == 5 and results(out)["overall"]["mean_searches"] == 0
-    assert min(len(answer.trajectory.prompt_ids) for answer in read_answers(out / "answers.jsonl.gz")) > 60
+    assert min(len(answer.trajectory.prompt_ids) for answer in read_journal(out / "answers.jsonl.gz")) > 60
 
 
 def test_direct_generation_starts_an_engine_of_its_own_and_no_retriever(toy_world: Path, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> No
     metrics = {"grpo": [grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3) for _ in range(2)]}
     exported["grpo"] = copied(policy)
     policy.save_checkpoint(out / "checkpoint", step=2)
+    policy.finish_checkpoint()
     metrics["third"] = grpo_step(policy, reference, batch, config=CONFIG, lr=1e-3)
     exported["third"] = copied(policy)
 
@@ -111,6 +112,7 @@ def train(model: Path, out: Path, layout: Layout, checkpoint: Path | None) -> No
     metrics["token_kls"] = [asdict(kl) for kl in token_kls(policy, distilled, CONFIG)]
     policy.save_adapter(out / "adapter")
     policy.save_checkpoint(out / "adapter_checkpoint", step=3)
+    policy.finish_checkpoint()
     policy = Policy(**options, lora=LoraSettings(rank=4, alpha=8, seed=1))
     policy.load_checkpoint(out / "adapter_checkpoint")
     exported["reloaded"] = copied(policy)

@@ -75,7 +75,7 @@ def test_an_address_that_nothing_listens_at_is_unreachable():
 
 
 def test_a_single_process_is_sent_to_the_launcher(capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SEARCHE1_CHECK_STATUS"):
+    for name in ("RANK", "LOCAL_RANK", "SEARCHE1_STATUS"):
         monkeypatch.delenv(name, raising=False)
     assert main([]) == 2
     assert "scripts/launch.sh --check" in capsys.readouterr().err

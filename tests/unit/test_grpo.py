@@ -1,9 +1,7 @@
 """GRPO's arithmetic: advantages (Eq. 1), the loss (Eq. 2), and which trajectories are trained on, in which updates."""
 
-import dataclasses
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +19,7 @@ from searche1.grpo import (
     grpo_step,
     learning_rate,
     mini_batches,
-    resume,
     row_tensors,
-    save_checkpoint,
     trained_samples,
 )
 from searche1.packing import Sharing, pack, row_weights, sample_of
@@ -290,33 +286,3 @@ def test_the_learning_rate_warms_up_linearly_and_then_stays():
 def test_without_a_warm_up_the_learning_rate_is_constant():
     assert [learning_rate(step, lr=1.0, warmup_ratio=0.0, num_steps=5) for step in range(5)] == [1.0] * 5
     assert [learning_rate(step, lr=1.0, warmup_ratio=1.0, num_steps=3) for step in range(3)] == [1 / 3, 2 / 3, 1.0]
-
-
-@dataclasses.dataclass
-class LoadingPolicy:
-    loaded: str = ""
-
-    def save_checkpoint(self, folder, *, step):
-        folder.mkdir(parents=True)
-
-    def load_checkpoint(self, folder):
-        self.loaded = folder.name
-        return int(folder.name.removeprefix("step_"))
-
-
-def test_a_round_continues_behind_its_last_whole_checkpoint(tmp_path):
-    said = []
-    session = SimpleNamespace(from_writer=lambda function: function(), tell=said.append)
-    assert resume(session, LoadingPolicy(), tmp_path / "checkpoints") == 0
-    for name in ("step_50", "step_100", "step_150.partial"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    policy = LoadingPolicy()
-    assert resume(session, policy, tmp_path / "checkpoints") == 100
-    assert policy.loaded == "step_100" and said == ["continuing from step_100"]
-
-
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
-    session = SimpleNamespace(layout=SimpleNamespace(is_writer=True))
-    for step in (90, 100):
-        save_checkpoint(session, LoadingPolicy(), tmp_path, step=step)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_100"]

@@ -17,6 +17,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"quickstart"},
     {"cycle", "play"},
     {"grpo", "opsd"},
+    {"checkpoints"},
     {"session"},
     {"engines"},
     {"colocation", "sync", "ranks", "cluster_check"},
@@ -37,8 +38,9 @@ LAYERS = (  # top first: a module imports its own layer and those below
         "models",
         "progress",
         "timeline",
+        "health",
     },
-    {"config", "benchmarks", "console"},
+    {"config", "benchmarks", "console", "stopping"},
     {"types"},
 )
 STRANGERS = ({"grpo", "opsd"}, {"policy", "rollout"})  # same layer, yet neither knows the other

@@ -444,6 +444,7 @@ def test_a_run_continued_from_a_checkpoint_gives_the_same_bits(make_policy, tmp_
     for _ in range(3):
         update(policy)
     policy.save_checkpoint(tmp_path / "step_3", step=3)
+    policy.finish_checkpoint()
     assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
     expected = [update(policy) for _ in range(2)]
 
@@ -459,6 +460,7 @@ def test_a_checkpoint_replaces_an_older_one_of_the_same_name(make_policy, tmp_pa
     for step in (1, 2):
         update(policy)
         policy.save_checkpoint(tmp_path / "last", step=step)
+        policy.finish_checkpoint()
     assert make_policy().load_checkpoint(tmp_path / "last") == 2
 
 

@@ -171,6 +171,7 @@ def test_an_adapter_is_merged_from_megatrons_shards_as_from_pefts_format(base, l
     policy.train_step(packed, lambda hidden, index: (hidden.sum(), {"loss": hidden.new_zeros(())}), lr=1e-3)
     policy.save_adapter(tmp_path / "adapter")
     policy.save_checkpoint(tmp_path / "checkpoint", step=1)
+    policy.finish_checkpoint()
     for name in ("adapter", "checkpoint"):
         result = merge(base, tmp_path / name, tmp_path / f"from-{name}", "--verify")
         assert result.returncode == 0, result.stderr

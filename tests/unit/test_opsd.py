@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron_ext.hf_mapping import ModelShape
 from megatron_ext.known_models import read_shape
 from megatron_ext.vocab_parallel import ClippedKL
-from searche1.config import Config, DataConfig, EvalConfig, OPSDConfig, PairsConfig, PoolConfig
+from searche1.config import Config, DataConfig, OPSDConfig, PairsConfig, PoolConfig
+from searche1.data import read_groups, write_groups
 from searche1.metrics import Phases
 from searche1.opsd import (
     TrainedPair,
@@ -30,7 +31,7 @@ from searche1.opsd import (
     trained_pairs,
 )
 from searche1.packing import Sample
-from searche1.types import Group, Question, Span, Trajectory, UserError
+from searche1.types import Group, Question, Span, Stopped, Trajectory, UserError
 
 QUESTION = Question("1", "who wrote it?", ("ann",), "nq")
 
@@ -265,9 +266,21 @@ class BookSession:
     metrics: None = None
     servers: CharServers = field(default_factory=CharServers)
     layout: object = field(default_factory=lambda: SimpleNamespace(is_writer=True))
+    run: object = None
+    stop_after: int = 99  # updates
 
     def from_writer(self, function):
         return function()
+
+    def is_asked_to_stop(self):
+        self.stop_after -= 1
+        return self.stop_after < 0
+
+    def watch(self, stage):
+        return SimpleNamespace(step=lambda step, values: "")
+
+    def continue_behind(self, watch, step):
+        return 0
 
     def phases(self, stage, step):
         return Phases()
@@ -281,7 +294,14 @@ class BookSession:
     def sync(self, policy, *, stage):
         pass
 
-    def rollout(self, questions, **how):
+    def rollout(self, questions, *, file, **how):
+        if file.is_file():
+            return read_groups(file)
+        groups = self.sampled(questions)
+        write_groups(file, groups)
+        return groups
+
+    def sampled(self, questions):
         self.rollouts.append([question.key for question in questions])
         if self.validation_ems:
             em = self.validation_ems.pop(0)
@@ -325,6 +345,37 @@ class BookPolicy:
         return {"adapter": self.version}
 
 
+class BookCheckpoints:
+    """Checkpoints of a BookPolicy, in memory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.saved = {}
+        self.policy = None
+
+    def save(self, step, *, score=None, state=None):
+        self.saved[step] = (self.policy.version, {**state, "step": step})
+
+    def stop(self, step, *, state):
+        self.save(step, state=state)
+        raise Stopped("stopped")
+
+    def resume(self):
+        if self.saved:
+            self.load(max(self.saved))
+        return self.saved[max(self.saved)][1] if self.saved else {}
+
+    def load(self, step):
+        self.policy.version = self.saved[step][0]
+
+    def is_whole(self, step):
+        return step in self.saved
+
+    def poll(self): ...
+
+    def finish(self): ...
+
+
 def write_questions(path, count):
     rows = [
         {"id": str(k), "question": f"who is {k}?", "golden_answers": ["ann"], "data_source": "nq"} for k in range(count)
@@ -350,12 +401,35 @@ def test_the_adapter_with_the_best_validation_em_is_kept_and_ties_keep_the_earli
     """Five updates, validated after the second, the fourth and the last; no adapter is a candidate too."""
     settings = OPSDConfig(pairs_per_step=4, epochs=5, max_steps=5, validate_every=2)
     config = Config(opsd=settings, data=DataConfig(validation=write_questions(tmp_path / "v.jsonl", 4)))
-    session = BookSession(replace(config, eval=EvalConfig()), validation_ems=list(ems))
-    policy = BookPolicy()
-    assert train_adapter(session, policy, PAIRS, fresh=policy.snapshot(), stage="opsd", round_index=0) == {
-        "adapter": best
-    }
+    run = SimpleNamespace(directory=tmp_path)
+    session = BookSession(config, validation_ems=list(ems), run=run)
+    checkpoints = BookCheckpoints(tmp_path / "opsd" / "checkpoints")
+    policy = checkpoints.policy = BookPolicy()
+    fresh = policy.snapshot()
+    kept = train_adapter(session, policy, PAIRS, checkpoints, fresh=fresh, stage="opsd", round_index=0)
+    assert kept == {"adapter": best}
     assert policy.version == 5 and len(session.rollouts) == 4
+    chosen = json.loads((tmp_path / "opsd" / "selection.json").read_text())
+    assert chosen == {"start_em": ems[0], "best_em": max(ems), "best_step": best, "num_steps": 5}
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+def test_a_stopped_round_trains_the_rest_and_keeps_the_same_adapter(tmp_path, stop_after):
+    settings = OPSDConfig(pairs_per_step=4, epochs=5, max_steps=5, validate_every=2)
+    config = Config(opsd=settings, data=DataConfig(validation=write_questions(tmp_path / "v.jsonl", 4)))
+    run = SimpleNamespace(directory=tmp_path)
+    checkpoints = BookCheckpoints(tmp_path / "opsd" / "checkpoints")
+    ems = [0.25, 0.75, 0.5, 0.5]
+    for session in (BookSession(config, run=run, stop_after=stop_after), BookSession(config, run=run)):
+        session.validation_ems = ems  # one list: what was validated before the stop is not validated again
+        policy = checkpoints.policy = BookPolicy()
+        fresh = policy.snapshot()
+        try:
+            kept = train_adapter(session, policy, PAIRS, checkpoints, fresh=fresh, stage="opsd", round_index=0)
+        except Stopped:
+            assert session.stop_after < 0
+    assert kept == {"adapter": 2}
+    assert policy.version == 5 and ems == []
 
 
 def answers(question):

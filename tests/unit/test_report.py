@@ -13,7 +13,7 @@ from PIL import Image
 from run_directory import fill, groups
 
 from searche1.config import Config
-from searche1.evaluation.answers import ANSWERS_FILE, Answer, AnswerFile
+from searche1.evaluation.scores import ANSWERS_FILE
 from searche1.metrics import MetricsLog
 from searche1.report import gather as gathering
 from searche1.report import pack as packing
@@ -22,6 +22,7 @@ from searche1.report.pack import CHUNK, KINDS, LINES, pack
 from searche1.report.page import write_report
 from searche1.report.plots import DARK, LIGHT, curve_png, inline_svg, timing_figure, training_figure, training_panels
 from searche1.report.story import phase_seconds
+from searche1.rollout.journal import Entry, Journal
 from searche1.runs import StageRow, add_stage_row, open_run
 from searche1.types import UserError
 
@@ -259,10 +260,10 @@ def test_an_evaluation_has_a_page_too(tmp_path):
     from test_evaluation_results import GREEDY, one, written
 
     folder = tmp_path / "eval"
-    with AnswerFile(folder / ANSWERS_FILE) as answers:
+    with Journal(folder / ANSWERS_FILE) as answers:
         for group in groups(3):
             for sample, trajectory in enumerate(group.trajectories):
-                answers.add(Answer(group.question, sample, trajectory))
+                answers.add(Entry(group.question, sample, trajectory))
     written(folder, [one(i, 1.0) for i in range(3)], GREEDY)
     page = write_report(folder).read_text()
     assert "EM <strong>1.000</strong>" in page and "Beside Table 1" in page and "no multiple of 1/125" in page

@@ -315,7 +315,7 @@ def test_a_config_for_two_nodes_on_one_says_how_to_start_it(checkout: Checkout):
     for words in ("made for 2 nodes", "NODES=2 NODE_RANK=0 MASTER_ADDR=", "sbatch --nodes 2", "NODES=1"):
         assert words in result.stderr
     alone = launch(checkout, "--dry-run", script="run_7b_cycle.sh", NODES="1", GPUS="4")
-    assert "--standalone --nproc-per-node 4 " in alone.stdout
+    assert "--standalone --max-restarts 3 --nproc-per-node 4 " in alone.stdout
 
 
 def test_slurm_says_where_a_node_is(checkout: Checkout):
@@ -429,13 +429,13 @@ def test_a_job_starts_a_launcher_on_each_node_with_all_its_cpus(checkout: Checko
 
 
 def test_a_job_whose_time_is_up_stops_its_ranks_and_goes_back_into_the_queue(checkout: Checkout, job: dict[str, str]):
-    # The batch shell is srun's parent. Slurm's INT ends the step, which takes a while.
+    # The batch shell is srun's parent. Slurm's TERM ends the step, which takes a while.
     (checkout.fakes / "srun.body").write_text(
         "kill -USR1 $PPID; until [ -e $FAKE/interrupted ]; do sleep 0.05; done; sleep 0.3; echo stopped; exit 130"
     )
     (checkout.fakes / "scancel.body").write_text("touch $FAKE/interrupted")
     result = launch(checkout, "c.yaml", script="slurm/cycle.sbatch", **job)
-    assert result.stdout.splitlines()[1:] == ["scancel --signal=INT 7", "stopped", "scontrol requeue 7"]
+    assert result.stdout.splitlines()[1:] == ["scancel --signal=TERM 7", "stopped", "scontrol requeue 7"]
     assert "back into the queue" in result.stderr
 
 

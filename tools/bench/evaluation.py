@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from searche1.benchmarks import BENCHMARKS
-from searche1.evaluation.answers import read_answers
 from searche1.quickstart import ASSETS, CONFIGS, make_world
+from searche1.rollout.journal import read_journal
 
 
 def write_questions(world: Path, path: Path, *, per_source: int) -> int:
@@ -62,7 +62,7 @@ def bench(folder: Path, *, kills: int, per_source: int) -> dict[str, Any]:
     walls = [evaluate(command, kill_after=dice.uniform(35.0, 60.0)) for _ in range(kills)]
     walls.append(evaluate(command, kill_after=None))
 
-    times = Counter((answer.question.key, answer.sample) for answer in read_answers(out / "answers.jsonl.gz"))
+    times = Counter((answer.question.key, answer.sample) for answer in read_journal(out / "answers.jsonl.gz"))
     results = json.loads((out / "results.json").read_text())
     return {
         "questions": total,

@@ -1,4 +1,4 @@
-"""Finished trajectories of an evaluation in one growing file, so that a kill costs seconds and memory holds few.
+"""Finished trajectories in one growing file, so that a kill costs seconds and memory holds few.
 
 The file is a row of gzip members, each with whole JSON lines: it unpacks with zcat, and a member that a kill cut is
 dropped when the evaluation goes on.
@@ -18,14 +18,13 @@ from types import TracebackType
 
 from searche1.types import Question, Trajectory, UserError, question_from_json, trajectory_from_json
 
-ANSWERS_FILE = "answers.jsonl.gz"
 MEMBER_TRAJECTORIES = 64
 MEMBER_AGE_S = 10.0  # no finished trajectory stays in memory alone for longer, while others finish
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Answer:
+class Entry:
     """One finished trajectory of a question."""
 
     question: Question
@@ -33,7 +32,7 @@ class Answer:
     trajectory: Trajectory
 
 
-class AnswerFile:
+class Journal:
     """Open to append; use it as a context, which writes what is waiting on the way out, also on Ctrl-C."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,9 +44,9 @@ class AnswerFile:
         self.num_dropped_bytes = drop_cut_member(path)
         self._file = open(path, "ab")  # noqa: SIM115
 
-    def add(self, answer: Answer) -> None:
+    def add(self, entry: Entry) -> None:
         """Takes a finished trajectory. Raises UserError when the disk does not."""
-        self._waiting.append((json.dumps(asdict(answer)) + "\n").encode())
+        self._waiting.append((json.dumps(asdict(entry)) + "\n").encode())
         if len(self._waiting) >= MEMBER_TRAJECTORIES or self._clock() - self._written_at >= MEMBER_AGE_S:
             self.flush()
 
@@ -67,7 +66,7 @@ class AnswerFile:
             self._waiting.clear()
         self._written_at = self._clock()
 
-    def __enter__(self) -> AnswerFile:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -90,7 +89,7 @@ def drop_cut_member(path: Path) -> int:
     return size - end
 
 
-def read_answers(path: Path) -> Iterator[Answer]:
+def read_journal(path: Path) -> Iterator[Entry]:
     """Every trajectory in the file, in the order in which they finished; a cut last member is left out.
 
     Raises UserError if the file is damaged before its end.
@@ -101,13 +100,10 @@ def read_answers(path: Path) -> Iterator[Answer]:
             number += 1
             try:
                 row = json.loads(line)
-                yield Answer(
-                    question_from_json(row["question"]), row["sample"], trajectory_from_json(row["trajectory"])
-                )
+                yield Entry(question_from_json(row["question"]), row["sample"], trajectory_from_json(row["trajectory"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path}, trajectory {number}: not a trajectory ({error!r}); give a file that `searche1 eval` "
-                    "wrote, or delete it to evaluate anew"
+                    f"{path}, trajectory {number}: not a trajectory ({error!r}); delete the file to sample them anew"
                 ) from error
 
 
@@ -129,7 +125,7 @@ def _members(path: Path) -> Iterator[tuple[int, bytes]]:
                 except zlib.error as error:
                     raise UserError(
                         f"{path} is damaged near byte {start} of {size} ({error}); restore it, or delete it to "
-                        "evaluate anew"
+                        "sample anew"
                     ) from error
                 read += len(chunk)
             pending = unpacker.unused_data

@@ -1,0 +1,24 @@
+"""Processes that end with the one that started them, also when that is killed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+_is_registered = False
+
+
+def die_with_parent() -> None:
+    """In a child: SIGKILL when the thread that started it ends. Linux only."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def forks_die_with_us() -> None:
+    """Children that Python forks from this process end with it. Call it once, before they are made."""
+    global _is_registered
+    if not _is_registered:
+        _is_registered = True
+        os.register_at_fork(after_in_child=die_with_parent)

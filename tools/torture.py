@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Kills parts of a tiny run at random moments until it is done, and compares what comes out with a run left alone.
+
+    python tools/torture.py --kills 100
+
+Each run is one cycle on the toy world. Its driver, its engine, its retriever or (with --ranks 2) one rank gets SIGKILL
+at a random moment; the same command is called again until the run is finished. Final weights must then have the same
+bits as those of the undisturbed run, and summary.json the same numbers, seconds aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from searche1.config import load_config
+from searche1.quickstart import make_world
+
+ROOT = Path(__file__).resolve().parents[1]
+# A checkpoint every other step, so that kills fall between two of them as well.
+SETTINGS = (
+    "grpo.steps=4",
+    "grpo.prompts_per_step=8",
+    "grpo.save_every=2",
+    "pool.max_questions=24",
+    "pool.chunk_questions=8",
+    "opsd.pairs_per_step=4",
+    "opsd.validate_every=2",
+    "opsd.teacher_check_questions=4",
+    "retriever.timeout_s=5",
+)
+MOST_CALLS = 40  # of one run: more means that it gets nowhere
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished run: how long its last call took, how often it was killed, and what it made."""
+
+    seconds: float
+    kills: list[str]
+    result: dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how many in all (default 20)")
+    parser.add_argument("--ranks", type=int, default=1, choices=(1, 2), help="processes of the trainer, by torchrun")
+    parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="folder for the runs (runs/torture)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    arguments = parser.parse_args()
+    generator = random.Random(arguments.seed)
+    world = arguments.out / "world"
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} is there already; give another --out, or remove it")
+    make_world(world, seed=0)
+    for name, most in (("train", 200), ("validation", 24), ("test", 40)):
+        file = world / f"{name}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:most]))
+    reference = run_to_end(arguments.out / "undisturbed", world, arguments.ranks, victims=[], generator=generator)
+    print(f"undisturbed run: {reference.seconds:.0f} s, EMs {ems(reference.result)}", flush=True)
+    kinds = ["driver", "engine", "retriever"] + (["rank"] if arguments.ranks > 1 else [])
+    kills: list[str] = []
+    runs = same = 0
+    while len(kills) < arguments.kills:
+        victims = [generator.choice(kinds) for _ in range(min(6, arguments.kills - len(kills)))]
+        runs += 1
+        out = arguments.out / f"killed{runs}"
+        ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=reference.seconds)
+        kills += ended.kills
+        is_same = ended.result == reference.result
+        same += is_same
+        counts = ", ".join(f"{kind} {ended.kills.count(kind)}" for kind in kinds)
+        print(
+            f"run {runs}: killed {len(ended.kills)} times ({counts}); "
+            f"{'the same bits and numbers' if is_same else 'DIFFERS'}; {len(kills)} of {arguments.kills} kills",
+            flush=True,
+        )
+        if not is_same:
+            print(f"  undisturbed {reference.result}\n  killed      {ended.result}", flush=True)
+    by_kind = {kind: kills.count(kind) for kind in kinds}
+    print(f"{len(kills)} kills ({by_kind}) in {runs} runs; {same} of {runs} ended as the undisturbed one")
+    if arguments.json:
+        figures = {"kills": by_kind, "runs": runs, "same": same, "ranks": arguments.ranks, "seed": arguments.seed}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0 if same == runs else 1
+
+
+def ems(result: dict[str, Any]) -> str:
+    return " ".join(f"{stage['em']:.3f}" for stage in result["summary"]["stages"])
+
+
+def command(out: Path, world: Path, ranks: int) -> list[str]:
+    """One cycle on the toy world, small, with greedy and sampled rollouts, as one process or by torchrun."""
+    module = ["-m", "searche1", "cycle", "--config", str(ROOT / "configs/quickstart-fast.yaml"), f"run.out={out}"]
+    module += [f"model.path={ROOT / 'searche1/assets/toy_policy'}", *SETTINGS]
+    module += [f"retriever.corpus={world / 'corpus.jsonl'}", f"retriever.index={world / 'index'}"]
+    module += [f"data.{name}={world / name}.jsonl" for name in ("train", "validation", "test")]
+    load_config(None, [word for word in module if "=" in word])
+    if ranks == 1:
+        return [sys.executable, *module]
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "100"]
+    return [sys.executable, "-m", *start, *module]
+
+
+def run_to_end(
+    out: Path, world: Path, ranks: int, *, victims: list[str], generator: random.Random, within: float = 0.0
+) -> Ended:
+    """Call the command until it is finished, killing one victim after another on the way."""
+    left = list(victims)
+    kills: list[str] = []
+    for _ in range(MOST_CALLS):
+        began = time.monotonic()
+        with open(out.with_suffix(".log"), "ab") as log:
+            process = subprocess.Popen(
+                command(out, world, ranks),
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        while process.poll() is None and left:
+            moment = time.monotonic() + generator.uniform(0, within)
+            while process.poll() is None and time.monotonic() < moment:
+                time.sleep(0.05)
+            if process.poll() is None and kill(left[0], process, out):
+                kills.append(left.pop(0))
+        code = process.wait()
+        if code == 0:
+            return Ended(time.monotonic() - began, kills, result_of(out))
+        if code == 2 and "while starting" in last_error(out):
+            continue  # killed twice while it started: it says so, and the same command goes on
+        if code not in (-signal.SIGKILL, 1):
+            sys.exit(f"{out}: the command ended with {code}; its output is in {out.with_suffix('.log')}")
+    sys.exit(f"{out}: not finished after {MOST_CALLS} calls; the output is in {out.with_suffix('.log')}")
+
+
+def last_error(out: Path) -> str:
+    """The last message of the run's command."""
+    lines = out.with_suffix(".log").read_text(errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("searche1: error:")), "")
+
+
+def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
+    """SIGKILL to a process of the run; whether there was one."""
+    if kind == "driver":
+        process.kill()
+        process.wait()
+        return True
+    mark = {"engine": b"searche1.rollout.engine_server", "retriever": b"retriever", "rank": b"-msearche1cycle"}[kind]
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b"")
+            parents = ancestors(int(folder.name))
+        except OSError:  # processes come and go
+            continue
+        if mark in line and process.pid in parents and int(folder.name) != process.pid:
+            os.kill(int(folder.name), signal.SIGKILL)
+            return True
+    return False
+
+
+def ancestors(pid: int) -> list[int]:
+    """Parents up to init."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    """What must not depend on kills: every byte of the weights, every number of the summary but seconds."""
+    summary = json.loads((out / "summary.json").read_text())
+    for stage in summary["stages"]:
+        del stage["seconds"]
+    weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in sorted((out / "final").glob("*.safe*"))}
+    return {"weights": weights, "summary": summary}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
