@@ -121,6 +121,7 @@ class Engines:
     def _check_elsewhere(self) -> None:
         for engine in self._elsewhere:
             engine.wait_until_ready(timeout_s=10.0)
+            engine.check_key()
 
     # -- weights ----------------------------------------------------------------------------------
 

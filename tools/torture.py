@@ -4,8 +4,8 @@
     python tools/torture.py --kills 100
 
 Each run is one cycle on the toy world. Its driver, its engine, its retriever or (with --ranks 2) one rank gets SIGKILL
-at a random moment; the same command is called again until the run is finished. Final weights must then have the same
-bits as those of the undisturbed run, and summary.json the same numbers, seconds aside.
+at a random moment, or the driver SIGTERM or Ctrl-C; the same command is called again until the run is finished. Final
+weights must then have the same bits as those of the undisturbed run, and summary.json the same numbers, seconds aside.
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ SETTINGS = (
     "opsd.teacher_check_questions=4",
     "retriever.timeout_s=5",
 )
+SIGNALS = {"driver": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
+# How a command may end that got this last. Signals do as they always do until it listens to them.
+ENDS = {
+    "driver": (-signal.SIGKILL,),
+    "SIGTERM": (75, -signal.SIGTERM),
+    "Ctrl-C": (130, -signal.SIGINT, 1),
+    "engine": (),
+    "retriever": (),
+    "rank": (),
+}
 MOST_CALLS = 40  # of one run: more means that it gets nowhere
 
 
@@ -71,11 +81,14 @@ def main() -> int:
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:most]))
     reference = run_to_end(arguments.out / "undisturbed", world, arguments.ranks, victims=[], generator=generator)
     print(f"undisturbed run: {reference.seconds:.0f} s, EMs {ems(reference.result)}", flush=True)
-    kinds = ["driver", "engine", "retriever"] + (["rank"] if arguments.ranks > 1 else [])
+    kinds = ["driver", "engine", "retriever", "SIGTERM", "Ctrl-C"]
+    if arguments.ranks > 1:  # torchrun answers signals with a status of its own, and starts ranks again
+        kinds = ["engine", "retriever", "rank"]
     kills: list[str] = []
     runs = same = 0
     while len(kills) < arguments.kills:
-        victims = [generator.choice(kinds) for _ in range(min(6, arguments.kills - len(kills)))]
+        number = min(len(kinds), arguments.kills - len(kills))
+        victims = generator.sample(kinds, number)  # each kind before any comes again
         runs += 1
         out = arguments.out / f"killed{runs}"
         ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=reference.seconds)
@@ -142,7 +155,7 @@ def run_to_end(
             return Ended(time.monotonic() - began, kills, result_of(out))
         if code == 2 and "while starting" in last_error(out):
             continue  # killed twice while it started: it says so, and the same command goes on
-        if code not in (-signal.SIGKILL, 1):
+        if code not in ENDS[kills[-1] if kills else "driver"]:
             sys.exit(f"{out}: the command ended with {code}; its output is in {out.with_suffix('.log')}")
     sys.exit(f"{out}: not finished after {MOST_CALLS} calls; the output is in {out.with_suffix('.log')}")
 
@@ -155,8 +168,8 @@ def last_error(out: Path) -> str:
 
 def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
     """SIGKILL to a process of the run; whether there was one."""
-    if kind == "driver":
-        process.kill()
+    if kind in SIGNALS:
+        process.send_signal(SIGNALS[kind])
         process.wait()
         return True
     mark = {"engine": b"searche1.rollout.engine_server", "retriever": b"retriever", "rank": b"-msearche1cycle"}[kind]

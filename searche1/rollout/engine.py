@@ -119,6 +119,13 @@ class Engine:
             f"{self._last_words()}"
         )
 
+    def check_key(self) -> None:
+        """Raises EngineError if a server elsewhere, which is up, does not take our key."""
+        if self._http.get(f"{self.url}/get_model_info", timeout=10).status_code == 401:
+            raise EngineError(
+                f"{self.url} answers HTTP status 401: it wants an API key; give a file with it as engine.token_file"
+            )
+
     async def generate(
         self,
         session: aiohttp.ClientSession,

@@ -52,6 +52,24 @@ def toy_engine(model: Path, log_path: Path) -> Engine:
     )
 
 
+def elsewhere(engine: Engine, folder: Path) -> list[str]:
+    """The settings of a command that uses this engine instead of one of its own."""
+    token_file = folder / "engine.token"
+    token_file.write_text(engine.key + "\n")
+    return [f"engine.urls=[{engine.url}]", f"engine.token_file={token_file}"]
+
+
+def kill_rank(rank: int) -> None:
+    """SIGKILL to the process that torchrun made this rank."""
+    ranks = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if f"\0RANK={rank}\0".encode() in _read(folder / "environ") and b"-m\0searche1\0" in _read(folder / "cmdline")
+    ]
+    assert ranks
+    os.kill(min(ranks), signal.SIGKILL)
+
+
 def kill_engine(log: Path) -> None:
     """SIGKILL to the server that writes this log."""
     servers = [

@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command import POLICY, ROOT, searche1, settings, toy_engine
+from command import POLICY, ROOT, elsewhere, kill_rank, searche1, settings, toy_engine
 from conftest import STRICT
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -90,14 +91,23 @@ def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) ->
 # -- under torchrun, and with engines elsewhere ---------------------------------------------------
 
 
-def torchrun(num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TORCHRUN, str(num_processes), "-m", "searche1", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+def torchrun(
+    num_processes: int, *arguments: str, on_line: Callable[[str], None] = lambda line: None
+) -> subprocess.CompletedProcess[str]:
+    """A rank that dies has all ranks started again, once; `on_line` sees what they print."""
+    options = [*TORCHRUN, str(num_processes), "--max-restarts", "1"]
+    command = [*options, "-m", "searche1", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            on_line(line)
+        code = process.wait(timeout=500)
+    return subprocess.CompletedProcess(command, code, stdout="".join(printed), stderr="")
 
 
 def ems(out: Path) -> dict[str, float]:
@@ -107,10 +117,22 @@ def ems(out: Path) -> dict[str, float]:
 def test_a_tensor_parallel_trainer_and_engine_learn_what_one_process_learns(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """Every synced weight is compared bit for bit in the engine; sampling is by seed, so rounding alone differs."""
+    """Every synced weight is compared bit for bit in the engine; sampling is by seed, so rounding alone differs.
+
+    One rank is killed after the GRPO step: torchrun starts all of them again, and they go on.
+    """
     layout = ("parallel.tensor=2", "engine.tensor=2")
-    result = torchrun(2, "quickstart", "--fast", "--out", str(tmp_path / "run"), *STRICT, *layout)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    killed = []
+
+    def on_line(line: str) -> None:
+        if "cycle0/grpo 1/1" in line and not killed:
+            killed.append(line)
+            kill_rank(1)
+
+    given = ("--out", str(tmp_path / "run"), *STRICT, *layout)
+    result = torchrun(2, "quickstart", "--fast", *given, on_line=on_line)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert killed and "start: finished earlier, skipped" in result.stdout
     assert ems(tmp_path / "run") == pytest.approx(ems(finished[0]), abs=0.02)
 
 
@@ -119,7 +141,7 @@ def test_pipeline_stages_feed_two_engines_that_different_ranks_lead(
 ) -> None:
     given = [*settings(toy_world, tmp_path / "run"), *STRICT, "parallel.pipeline=3", "engine.count=2"]
     result = torchrun(3, "grpo", "--config", FAST, "--model", str(POLICY), *given)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-5000:]
     assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)
 
 
@@ -129,7 +151,10 @@ def test_an_engine_elsewhere_takes_weights_from_a_folder(
     """It was started with the final model, and samples with the weights of the trainer that starts from the policy."""
     with toy_engine(finished[0] / "final", tmp_path / "engine.log") as engine:
         engine.wait_until_ready(timeout_s=300)
-        given = [*settings(toy_world, tmp_path / "run"), f"engine.urls=[{engine.url}]"]
+        given = [*settings(toy_world, tmp_path / "run"), *elsewhere(engine, tmp_path)]
+        without_key = searche1("grpo", "--config", FAST, *settings(toy_world, tmp_path / "no"), given[-2])
+        assert without_key.returncode == 2 and "HTTP status 401" in without_key.stderr, without_key.stderr
+        assert "engine.token_file" in without_key.stderr
         result = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given)
         assert result.returncode == 0, result.stdout + result.stderr
         assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import POLICY, ROOT, searche1, toy_engine
+from command import POLICY, ROOT, elsewhere, searche1, toy_engine
 
 from searche1.retrieval.launch import launch_retriever
 from searche1.rollout.journal import read_journal
@@ -36,7 +36,7 @@ def servers(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             start_timeout_s=120,
         )
         engine.wait_until_ready(timeout_s=300)
-        yield [f"engine.urls=[{engine.url}]", f"retriever.url={retriever.url}"]
+        yield [*elsewhere(engine, logs), f"retriever.url={retriever.url}"]
         retriever.stop()
 
 
