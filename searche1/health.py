@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from searche1.config import HealthConfig
 
@@ -146,7 +147,7 @@ class Watch:
         return sum(row["stage"] == self.stage and "rolled_back_to" in row for row in read_health(self._path))
 
 
-def read_health(path: Path) -> list[dict[str, object]]:
+def read_health(path: Path) -> list[dict[str, Any]]:
     """The lines of health.jsonl; one that is being written is left out."""
     if not path.is_file():
         return []

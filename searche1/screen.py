@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from searche1.console import plain_table
 from searche1.evaluation.stages import table_cells
+from searche1.health import HEALTH_FILE, Alarm, read_health
 from searche1.metrics import read_metrics
 from searche1.progress import duration
 from searche1.runs import Summary, read_summary
@@ -45,6 +46,7 @@ class View:
     name: str
     summary: Summary
     metrics: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl
+    health: Sequence[Mapping[str, Any]] = ()  # rows of health.jsonl
     status: str = ""  # of a rollout under way, as the run itself knows it
 
 
@@ -55,7 +57,13 @@ def read_view(directory: Path, *, status: str = "") -> View:
             f"{directory} holds no run (no config.yaml); give a run directory, such as runs/quickstart-seed0"
         )
     path = directory / "metrics.jsonl"
-    return View(directory.name, read_summary(directory), read_metrics(path) if path.exists() else [], status)
+    return View(
+        directory.name,
+        read_summary(directory),
+        read_metrics(path) if path.exists() else [],
+        read_health(directory / HEALTH_FILE),
+        status,
+    )
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -77,6 +85,9 @@ def render(view: View, *, now: float) -> RenderableType:
         stage = view.metrics[-1]["stage"]
         rows = [row for row in view.metrics if row["stage"] == stage]
         parts += [_progress(rows), _curves(rows), _times(rows)]
+        alarms = [row for row in view.health if row["stage"] == stage and "alarm" in row]
+        for row in alarms[-3:]:
+            parts.append(Text(f"ALARM at step {row['step']}: {Alarm(**row['alarm']).text}", style="red"))
     if view.status:
         parts.append(Text(view.status, style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)
@@ -159,7 +170,7 @@ class Screen:
         """What is under way, "" for nothing."""
         if self._live is not None:
             view = self._view or read_view(self._directory)
-            self._view = View(view.name, view.summary, view.metrics, text)
+            self._view = replace(view, status=text)
             self._show()
 
     def _show(self) -> None:

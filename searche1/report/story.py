@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from searche1.evaluation.results import RESULTS_FILE
 from searche1.evaluation.stages import table_cells
+from searche1.health import HEALTH_FILE, Alarm, read_health
 from searche1.metrics import read_metrics
 from searche1.report.plots import curve_figure, inline_svg, timing_figure, training_figure, training_panels
 from searche1.runs import StageRow, read_json
@@ -26,6 +27,8 @@ def run_story(directory: Path, rows: Sequence[StageRow]) -> list[Fragment]:
         ("", f'<p class="lead">{headline(rows)}</p>{curve}'),
         ("Stages", table(table_cells(rows)) + _by_source(rows) + _teacher_checks(directory, rows)),
     ]
+    if found := read_health(directory / HEALTH_FILE):
+        sections.append(("Health", table([["stage", "step", "what"], *map(_health_cells, found)])))
     panels = training_panels(metrics)
     if panels:
         figure = inline_svg(lambda theme: training_figure(metrics, panels, theme), "measures of every step")
@@ -74,6 +77,16 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _health_cells(row: Mapping[str, Any]) -> list[str]:
+    if "alarm" in row:
+        what = f"{Alarm(**row['alarm']).text} ({row['action']})"
+    elif "rolled_back_to" in row:
+        what = f"went back to step {row['rolled_back_to']}"
+    else:
+        what = f"ended with the weights of step {row['ended_with']}"
+    return [row["stage"], str(row["step"]), what]
 
 
 def _by_source(rows: Sequence[StageRow]) -> str:

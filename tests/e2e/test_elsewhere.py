@@ -1,4 +1,6 @@
-"""`searche1 eval` with every real part: engine, retriever, tiny policy; killed, continued, compared."""
+"""Commands that use an engine and a retriever which are up already: evaluations, a person's questions, a round that
+collapses.
+"""
 
 import json
 import os
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import POLICY, ROOT, elsewhere, searche1, toy_engine
+from command import POLICY, ROOT, elsewhere, searche1, settings, toy_engine
 
 from searche1.retrieval.launch import launch_retriever
 from searche1.rollout.journal import read_journal
@@ -132,3 +134,49 @@ def test_a_person_is_the_policy_against_the_real_retriever(toy_world: Path, serv
     assert done.returncode == 0, done.stderr
     assert "<information>" in done.stdout and "-- right" in done.stdout and "1 search," in done.stdout
     assert not (tmp_path / "logs").exists()  # neither an engine nor a retriever was started
+
+
+def grpo(world: Path, out: Path, *given: str) -> subprocess.CompletedProcess[str]:
+    """A round whose reward "collapses" with the first fall: averages of one step, none of which may be lost."""
+    alarm = ["health.window=1", "health.reward_drop=0.01", "health.max_length_growth=0", "health.min_searches_kept=0"]
+    sizes = ["grpo.steps=6", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
+    config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
+    return searche1("grpo", *config, *settings(world, out), *sizes, *alarm, *given)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_round_that_collapses_goes_back_once_and_then_ends_with_its_best_checkpoint(
+    toy_world: Path, servers: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ["health.on_collapse=roll_back", "health.max_roll_backs=1"]
+    result = grpo(toy_world, out, *servers, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("ALARM reward collapse") == 2, result.stdout
+    recorded = rows(out / "health.jsonl")
+    kinds = [next(key for key in ("alarm", "rolled_back_to", "ended_with") if key in row) for row in recorded]
+    assert kinds == ["alarm", "rolled_back_to", "alarm", "ended_with"]
+    back_to = recorded[1]["rolled_back_to"]
+    assert 1 <= back_to < recorded[0]["step"]
+    assert list((out / "grpo" / "rolled_back_1").glob("step_*.jsonl.gz"))
+    lrs = {row["step"]: row["values"]["lr"] for row in rows(out / "metrics.jsonl") if "values" in row}
+    first = next(row["values"]["lr"] for row in rows(out / "metrics.jsonl") if row.get("step") == back_to + 1)
+    assert lrs[back_to + 1] == pytest.approx(first / 2)  # the same step once more, with half the learning rate
+    assert (out / "grpo" / "hf" / "model.safetensors").is_file()
+    page = searche1("report", str(out))
+    assert page.returncode in (0, 2)  # without an evaluated stage there is no page
+
+
+def test_a_run_that_is_told_to_stop_by_an_alarm_continues_when_told_to_go_on(
+    toy_world: Path, servers: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stopped = grpo(toy_world, out, *servers, "health.on_collapse=stop")
+    assert stopped.returncode == 2 and "stopped for the alarm above" in stopped.stderr
+    assert list((out / "grpo" / "checkpoints").glob("step_*"))
+    finished = grpo(toy_world, out, *servers, "health.on_collapse=warn")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "continuing from step_" in finished.stdout and "6/6" in finished.stdout
