@@ -147,6 +147,13 @@ class Engines:
 
     # -- faults -----------------------------------------------------------------------------------
 
+    def find_hanging(self) -> None:
+        """Ask all engines whether they are well; those that do not answer are broken from now on."""
+        silent = self._ranks.everywhere(lambda: [n for n, engine in self._led.items() if not engine.answers()])
+        if self.servers is not None:
+            for number in (n for of_rank in silent for n in of_rank):
+                self.servers.fleet.lost.setdefault(number, "it does not answer")
+
     def broken(self) -> dict[int, str]:
         """Engines that have died or stopped answering, and what was seen of it."""
         lost = self._ranks.from_writer(lambda: dict(self.servers.fleet.lost) if self.servers else {})

@@ -241,6 +241,7 @@ class Session:
                 self._sync(policy, stage=stage)
                 break
             except UserError:
+                self.engines.find_hanging()
                 if attempt == MAX_RESTARTS or not self.engines.broken():
                     raise
 

@@ -3,9 +3,10 @@
 
     python tools/torture.py --kills 100
 
-Each run is one cycle on the toy world. Its driver, its engine, its retriever or (with --ranks 2) one rank gets SIGKILL
-at a random moment, or the driver SIGTERM or Ctrl-C; the same command is called again until the run is finished. Final
-weights must then have the same bits as those of the undisturbed run, and summary.json the same numbers, seconds aside.
+Each run is one cycle on the toy world. At random moments its driver, engine, retriever or (with --ranks 2) one rank gets
+SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C; the same command is called again until the
+run is finished. Final weights must then have the same bits as those of the undisturbed run, and summary.json the same
+numbers, seconds aside.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ SETTINGS = (
     "opsd.validate_every=2",
     "opsd.teacher_check_questions=4",
     "retriever.timeout_s=5",
+    "engine.request_timeout_s=20",
+    "engine.start_timeout_s=120",
 )
 SIGNALS = {"driver": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 # How a command may end that got this last. Signals do as they always do until it listens to them.
@@ -48,6 +51,7 @@ ENDS = {
     "SIGTERM": (75, -signal.SIGTERM),
     "Ctrl-C": (130, -signal.SIGINT, 1),
     "engine": (),
+    "hanging engine": (),
     "retriever": (),
     "rank": (),
 }
@@ -81,7 +85,7 @@ def main() -> int:
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:most]))
     reference = run_to_end(arguments.out / "undisturbed", world, arguments.ranks, victims=[], generator=generator)
     print(f"undisturbed run: {reference.seconds:.0f} s, EMs {ems(reference.result)}", flush=True)
-    kinds = ["driver", "engine", "retriever", "SIGTERM", "Ctrl-C"]
+    kinds = ["driver", "engine", "hanging engine", "retriever", "SIGTERM", "Ctrl-C"]
     if arguments.ranks > 1:  # torchrun answers signals with a status of its own, and starts ranks again
         kinds = ["engine", "retriever", "rank"]
     kills: list[str] = []
@@ -153,8 +157,8 @@ def run_to_end(
         code = process.wait()
         if code == 0:
             return Ended(time.monotonic() - began, kills, result_of(out))
-        if code == 2 and "while starting" in last_error(out):
-            continue  # killed twice while it started: it says so, and the same command goes on
+        if code == 2 and any(words in last_error(out) for words in ("while starting", "was not ready within")):
+            continue  # killed twice while it started, or stopped: it says so, and the same command goes on
         if code not in ENDS[kills[-1] if kills else "driver"]:
             sys.exit(f"{out}: the command ended with {code}; its output is in {out.with_suffix('.log')}")
     sys.exit(f"{out}: not finished after {MOST_CALLS} calls; the output is in {out.with_suffix('.log')}")
@@ -172,6 +176,7 @@ def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
         process.send_signal(SIGNALS[kind])
         process.wait()
         return True
+    kind, number = ("engine", signal.SIGSTOP) if kind == "hanging engine" else (kind, signal.SIGKILL)
     mark = {"engine": b"searche1.rollout.engine_server", "retriever": b"retriever", "rank": b"-msearche1cycle"}[kind]
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -180,7 +185,7 @@ def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
         except OSError:  # processes come and go
             continue
         if mark in line and process.pid in parents and int(folder.name) != process.pid:
-            os.kill(int(folder.name), signal.SIGKILL)
+            os.kill(int(folder.name), number)
             return True
     return False
 

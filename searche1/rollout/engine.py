@@ -40,6 +40,7 @@ CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and
 LOG_TAIL_LINES = 20
 STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
+HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
@@ -240,6 +241,13 @@ class Engine:
     def has_stopped(self) -> bool:
         """Whether the process that we started has ended."""
         return self._process is not None and self._process.poll() is not None
+
+    def answers(self) -> bool:
+        """Whether the server says that it is well, soon."""
+        try:
+            return self._http.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).status_code == 200
+        except requests.RequestException:
+            return False
 
     def restart(self) -> None:
         """Ends what is left of the process and starts it anew, with the weights it first had."""

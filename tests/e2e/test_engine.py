@@ -285,7 +285,7 @@ class TrainerOfNothing:
 
 
 def test_a_step_asks_the_server_in_the_one_order_that_fits(engine, reference):
-    client = RecordingEngine(url=engine.url, log_path=engine.log_path)
+    client = RecordingEngine(url=engine.url, log_path=engine.log_path, key=engine.key)
     colocation = Colocation(is_on=True, engines={0: client}, free_bytes=None, together=lambda work: work())
     trainer = TrainerOfNothing()
     colocation.to(Phase.TRAIN, trainer)
@@ -330,6 +330,20 @@ def test_a_refused_request_is_an_engine_error(engine):
     with pytest.raises(EngineError, match="400"):
         complete(engine, [list(range(200)) * 10])
     assert complete(engine, [[1, 2, 3]])[0].token_ids
+
+
+def test_nobody_without_the_key_is_answered(engine):
+    """Who may ask an engine may give it weights, and those are pickles."""
+    stranger = Engine(url=engine.url, log_path=engine.log_path)
+    with pytest.raises(EngineError, match=r"HTTP status 401.*engine\.token_file"):
+        stranger.check_key()
+    with pytest.raises(EngineError, match="401"):
+        complete(stranger, [[1, 2, 3]])
+    with pytest.raises(EngineError, match="401"):
+        stranger.load_bucket(["payload"])
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if engine.key.encode() in command]
+    engine.check_key()
 
 
 def test_a_taken_port_is_told_before_anything_starts(folder, tmp_path):
