@@ -98,7 +98,10 @@ def init_parallel(
         timeout = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            # After a restart torchrun's store still holds the addresses of ranks that are gone.
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:  # a single process needs no address
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if parallel_state.model_parallel_is_initialized():

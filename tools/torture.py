@@ -3,10 +3,10 @@
 
     python tools/torture.py --kills 100
 
-Each run is one cycle on the toy world. At random moments its driver, engine, retriever or (with --ranks 2) one rank gets
-SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C; the same command is called again until the
-run is finished. Final weights must then have the same bits as those of the undisturbed run, and summary.json the same
-numbers, seconds aside.
+Each run is one cycle on the toy world. At random moments its driver, engine, retriever or (with --ranks 2) one rank
+gets SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C; the same command is called again until
+the run is finished. Final weights must then have the same bits as those of the undisturbed run, and summary.json the
+same numbers, seconds aside.
 """
 
 from __future__ import annotations
