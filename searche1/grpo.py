@@ -200,6 +200,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
                 )
             except Stopped:
                 checkpoints.stop(step, score=session.average_em(watch))
+        checkpoints.poll()  # it has had a rollout's time to be written
         with phases("train"):
             session.to_trainer(policy)
             lr = learning_rate(step, lr=settings.lr, warmup_ratio=settings.warmup_ratio, num_steps=settings.steps)
@@ -232,8 +233,6 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
         # Last, so that a continued run lacks no record of a step.
         if settings.save_every and step % settings.save_every == 0 and step < settings.steps:
             checkpoints.save(step, score=session.average_em(watch))
-        else:
-            checkpoints.poll()
     checkpoints.finish()
     policy.save_hf(folder / "hf")
     checkpoints.remove()

@@ -6,7 +6,7 @@
 Each run is one cycle on the toy world. At random moments its driver, engine, retriever or (with --ranks 2) one rank
 gets SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C; the same command is called again until
 the run is finished. Final weights must then have the same bits as those of the undisturbed run, and summary.json the
-same numbers, seconds aside.
+same numbers, seconds aside. No process may be left over.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ ENDS = {
     "retriever": (),
     "rank": (),
 }
+MARK = "SEARCHE1_TORTURE"  # in the environment of every process of a run
 MOST_CALLS = 40  # of one run: more means that it gets nowhere
 
 
@@ -97,6 +98,8 @@ def main() -> int:
         out = arguments.out / f"killed{runs}"
         ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=reference.seconds)
         kills += ended.kills
+        if left := left_over():
+            sys.exit(f"{out}: processes are left over: {left}")
         is_same = ended.result == reference.result
         same += is_same
         counts = ", ".join(f"{kind} {ended.kills.count(kind)}" for kind in kinds)
@@ -145,7 +148,7 @@ def run_to_end(
                 command(out, world, ranks),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
                 start_new_session=True,
             )
         while process.poll() is None and left:
@@ -188,6 +191,22 @@ def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
             os.kill(int(folder.name), number)
             return True
     return False
+
+
+def left_over() -> list[str]:
+    """Processes of runs that have ended, some seconds later."""
+    deadline = time.monotonic() + 15
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"{MARK}={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(f"{folder.name} {(folder / 'comm').read_text().strip()}")
+            except OSError:  # processes come and go
+                continue
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
 
 
 def ancestors(pid: int) -> list[int]:

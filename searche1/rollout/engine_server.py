@@ -1,22 +1,30 @@
-"""`python -m searche1.rollout.engine_server ARGS` is `python -m sglang.launch_server ARGS` with two differences.
+"""`python -m searche1.rollout.engine_server ARGS` is `python -m sglang.launch_server ARGS` with three differences.
 
 The API key comes in the environment: a command line is there for everybody on the machine to read. And where
 torchvision is absent, as on CPUs, a stub stands in: SGLang 0.5.17 imports it before it looks for platform plugins. Its
 scheduler and detokenizer are spawned, and a spawned process imports the main module first: this one, which puts the
-stub in place there too.
+stub in place there too; and has them end with their parent from their first moment.
 """
 
 import importlib.util
+import multiprocessing
 import os
 import runpy
 import sys
 
+from megatron_ext.lifetime import die_with_parent
 from searche1.rollout.torchvision_stub import stub_torchvision
 
 KEY_VARIABLE = "SEARCHE1_ENGINE_KEY"
 
 if __name__ in ("__main__", "__mp_main__") and importlib.util.find_spec("torchvision") is None:
     stub_torchvision()
+
+if __name__ == "__mp_main__":  # before SGLang does the same, minutes of imports later: its starter may die meanwhile
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 if __name__ == "__main__":
     if key := os.environ.pop(KEY_VARIABLE, ""):

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from searche1.rollout.engine import Engine, start_engine
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 POLICY = ROOT / "searche1" / "assets" / "toy_policy"
 
 
@@ -21,6 +23,25 @@ def searche1(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedP
         timeout=timeout_s,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def torchrun(
+    num_processes: int, *arguments: str, on_line: Callable[[str], None] = lambda line: None
+) -> subprocess.CompletedProcess[str]:
+    """A rank that dies has all ranks started again, once; `on_line` sees what they print."""
+    options = [*TORCHRUN, "--nproc-per-node", str(num_processes), "--max-restarts", "1"]
+    command = [*options, "-m", "searche1", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            on_line(line)
+        code = process.wait(timeout=500)
+    return subprocess.CompletedProcess(command, code, stdout="".join(printed), stderr="")
 
 
 def settings(world: Path, out: Path) -> list[str]:

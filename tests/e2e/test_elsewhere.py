@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import POLICY, ROOT, elsewhere, searche1, settings, toy_engine
+from command import POLICY, ROOT, elsewhere, kill_rank, searche1, settings, torchrun, toy_engine
 
 from searche1.retrieval.launch import launch_retriever
 from searche1.rollout.journal import read_journal
@@ -142,6 +142,28 @@ def grpo(world: Path, out: Path, *given: str) -> subprocess.CompletedProcess[str
     sizes = ["grpo.steps=6", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
     config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
     return searche1("grpo", *config, *settings(world, out), *sizes, *alarm, *given)
+
+
+def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_round_goes_on(
+    toy_world: Path, servers: list[str], tmp_path: Path
+) -> None:
+    """What comes out is what ranks that were left alone make."""
+    sizes = ["grpo.steps=3", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
+    config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
+    killed = []
+
+    def on_line(line: str) -> None:
+        if "grpo 2/3" in line and not killed:
+            killed.append(line)
+            kill_rank(1)
+
+    for name, watch in (("alone", lambda line: None), ("killed", on_line)):
+        given = [*config, *settings(toy_world, tmp_path / name), *sizes, *servers]
+        result = torchrun(2, "grpo", *given, on_line=watch)
+        assert result.returncode == 0, result.stdout[-5000:]
+    assert killed and "continuing from step_" in result.stdout
+    alone, again = (tmp_path / name / "grpo" / "hf" / "model.safetensors" for name in ("alone", "killed"))
+    assert alone.read_bytes() == again.read_bytes()
 
 
 def rows(path: Path) -> list[dict]:
