@@ -148,12 +148,12 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_round_goes_o
     toy_world: Path, servers: list[str], tmp_path: Path
 ) -> None:
     """What comes out is what ranks that were left alone make."""
-    sizes = ["grpo.steps=3", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
+    sizes = ["grpo.steps=4", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
     config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
     killed = []
 
     def on_line(line: str) -> None:
-        if "grpo 2/3" in line and not killed:
+        if "grpo 3/4" in line and not killed:
             killed.append(line)
             kill_rank(1)
 
