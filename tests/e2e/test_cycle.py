@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import POLICY, ROOT, elsewhere, searche1, settings, torchrun, toy_engine
+from command import POLICY, ROOT, searche1, settings, torchrun
 from conftest import STRICT
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -83,7 +83,7 @@ def test_the_run_directory_holds_what_it_promises(finished: tuple[Path, str]) ->
     assert check["gap"] == pytest.approx(check["teacher_em"] - check["student_em"])
 
 
-# -- under torchrun, and with engines elsewhere ---------------------------------------------------
+# -- under torchrun -------------------------------------------------------------------------------
 
 
 def ems(out: Path) -> dict[str, float]:
@@ -107,21 +107,3 @@ def test_pipeline_stages_feed_two_engines_that_different_ranks_lead(
     result = torchrun(3, "grpo", "--config", FAST, "--model", str(POLICY), *given)
     assert result.returncode == 0, result.stdout[-5000:]
     assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)
-
-
-def test_an_engine_elsewhere_takes_weights_from_a_folder(
-    finished: tuple[Path, str], toy_world: Path, tmp_path: Path
-) -> None:
-    """It was started with the final model, and samples with the weights of the trainer that starts from the policy."""
-    with toy_engine(finished[0] / "final", tmp_path / "engine.log") as engine:
-        engine.wait_until_ready(timeout_s=300)
-        given = [*settings(toy_world, tmp_path / "run"), *elsewhere(engine, tmp_path)]
-        without_key = searche1("grpo", "--config", FAST, *settings(toy_world, tmp_path / "no"), given[-2])
-        assert without_key.returncode == 2 and "HTTP status 401" in without_key.stderr, without_key.stderr
-        assert "engine.token_file" in without_key.stderr
-        result = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert ems(tmp_path / "run")["grpo"] == pytest.approx(ems(finished[0])["cycle0/grpo"], abs=0.02)
-        engine.stop()
-        again = searche1("grpo", "--config", FAST, "--model", str(POLICY), *given, f"run.out={tmp_path / 'other'}")
-        assert again.returncode == 2 and "was not ready within 10 s" in again.stderr

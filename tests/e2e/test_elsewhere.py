@@ -144,10 +144,21 @@ def grpo(world: Path, out: Path, *given: str) -> subprocess.CompletedProcess[str
     return searche1("grpo", *config, *settings(world, out), *sizes, *alarm, *given)
 
 
+def test_an_engine_that_wants_a_key_or_is_down_is_told(toy_world: Path, servers: list[str], tmp_path: Path) -> None:
+    engine, _, retriever = servers
+    config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
+    stranger = searche1("grpo", *config, *settings(toy_world, tmp_path / "no-key"), engine, retriever)
+    assert stranger.returncode == 2 and "HTTP status 401" in stranger.stderr, stranger.stderr
+    assert "engine.token_file" in stranger.stderr and "Traceback" not in stranger.stderr
+    nowhere = ["engine.urls=[http://127.0.0.1:9]", retriever]
+    down = searche1("grpo", *config, *settings(toy_world, tmp_path / "down"), *nowhere)
+    assert down.returncode == 2 and "was not ready within 10 s" in down.stderr
+
+
 def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_round_goes_on(
     toy_world: Path, servers: list[str], tmp_path: Path
 ) -> None:
-    """What comes out is what ranks that were left alone make."""
+    """The engine takes weights from a folder. What comes out is what ranks that were left alone make."""
     sizes = ["grpo.steps=4", "grpo.prompts_per_step=8", "grpo.save_every=1", "cycle.evaluate_stages=false"]
     config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
     killed = []
