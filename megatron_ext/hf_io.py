@@ -67,6 +67,8 @@ class HFReader:
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{folder / INDEX_NAME} has no weight_map; copy or download the folder again")
             files = sorted(set(weight_map.values()))
+            if outside := [name for name in files if Path(name).name != name]:
+                raise ValueError(f"{folder / INDEX_NAME} names {outside[0]}, which is no file of that folder; not read")
         elif (folder / SINGLE_NAME).is_file():
             weight_map, files = None, [SINGLE_NAME]
         else:

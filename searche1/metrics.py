@@ -248,6 +248,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if not scored:
         return {"error_share": error_share}
     trajectories = [trajectory for _, trajectory, _ in scored]
+    sources = sorted({source for source, _, _ in scored})
     turns = [span for t in trajectories for span in t.spans if span.author == "policy"]
     metrics = {
         "em": fmean(reward for _, _, reward in scored),
@@ -260,8 +261,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "error_share": error_share,
         "same_reward_share": fmean(_has_one_reward(group) for group in groups),
     }
-    for source in sorted({source for source, _, _ in scored}):
+    for source in sources:  # one-hop and multi-hop questions are sources of their own
         metrics[f"em/{source}"] = fmean(reward for name, _, reward in scored if name == source)
+        metrics[f"searches/{source}"] = fmean(t.num_searches for name, t, _ in scored if name == source)
     return metrics
 
 

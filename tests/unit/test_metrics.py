@@ -47,6 +47,7 @@ def test_rollout_metrics_describe_what_the_policy_did():
     metrics = rollout_metrics(groups)
     assert metrics["em"] == 0.25 and metrics["em/nq"] == 0.5 and metrics["em/hotpotqa"] == 0.0
     assert metrics["mean_searches"] == 0.25
+    assert metrics["searches/nq"] == 0.5 and metrics["searches/hotpotqa"] == 0.0
     assert metrics["mean_response_tokens"] == (15 + 5 + 12 + 5) / 4
     assert metrics["policy_tokens"] == 5 + 5 + 6 + 5
     assert metrics["answered_share"] == 0.75

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import searche1
+from megatron_ext.hf_io import HFReader
 from searche1.cli import STOPPED, _guarded
+from searche1.cycle import gained_nothing
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Rollouts, Start
+from searche1.runs import SELECTION_FILE, atomic_write_json
 from searche1.session import kept_in
 from searche1.stopping import StopRequest
 from searche1.types import Question, SharedError, Span, Stopped, Trajectory, UserError
@@ -154,3 +158,31 @@ def test_rollouts_go_on_with_what_was_finished_and_try_again_what_failed(tmp_pat
             rollouts.finish(place, wrong)
     assert len(list(read_journal(path))) == 5
     assert [group.rewards for group in rollouts.groups()] == [(0.0, 1.0), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "now", "is_last"),
+    [
+        ("cycle0/opsd", 0.5, 0.1, False),  # nothing to compare with
+        ("cycle1/grpo", 0.5, 0.1, False),
+        ("cycle1/opsd", 0.5, 0.6, False),
+        ("cycle1/opsd", 0.5, 0.5, True),
+        ("cycle1/opsd", 0.5, 0.4, True),
+    ],
+)
+def test_a_cycle_that_gained_nothing_is_the_last(tmp_path, stage, before, now, is_last):
+    for number, em in enumerate((before, now)):
+        atomic_write_json(tmp_path / f"cycle{number}/opsd" / SELECTION_FILE, {"best_em": em})
+    said = []
+    session = SimpleNamespace(run=SimpleNamespace(directory=tmp_path), tell=said.append)
+    assert gained_nothing(session, stage) is is_last
+    assert len(said) == is_last
+
+
+def test_a_checkpoint_cannot_name_files_outside_its_folder(tmp_path):
+    (tmp_path / "secret.safetensors").write_bytes(b"x")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../secret.safetensors"}}')
+    with pytest.raises(ValueError, match=r"names \.\./secret\.safetensors, which is no file of that folder"):
+        HFReader(folder)
