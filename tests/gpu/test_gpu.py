@@ -177,3 +177,27 @@ def test_a_converted_checkpoint_has_all_that_the_layers_of_this_gpu_ask_for(
     reader = HFReader(source)
     for name, tensor in hf_tensors(model, shape, layout):
         assert torch.equal(tensor.cpu(), reader.tensor(name)), name
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_began_though_training_goes_on(
+    layout: Layout, tmp_path: Path
+) -> None:
+    """The copy to the host is done when `save_checkpoint` returns; the disk is written beside the next update."""
+
+    def make() -> Policy:
+        return Policy(model_path=POLICY, layout=layout, train=TrainConfig(), optimizer=OPTIMIZER)
+
+    def loss(hidden, index):  # type: ignore[no-untyped-def]
+        return hidden.float().pow(2).mean(), {"loss": hidden.new_zeros(())}
+
+    packed = batches(layout)
+    policy = make()
+    policy.train_step(packed, loss, lr=1e-3)
+    saved = policy.snapshot()
+    policy.save_checkpoint(tmp_path / "step_1", step=1)
+    policy.train_step(packed, loss, lr=1e-3)
+    policy.finish_checkpoint()
+    assert any(not torch.equal(saved[name], now) for name, now in policy.snapshot().items())
+    again = make()
+    assert again.load_checkpoint(tmp_path / "step_1") == 1
+    assert all(torch.equal(saved[name], now) for name, now in again.snapshot().items())

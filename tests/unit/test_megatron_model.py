@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GemmaConfig
 
+from megatron_ext.checkpoint import find_damage
 from megatron_ext.flops import head_flops, layer_flops
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -444,9 +445,11 @@ def test_a_run_continued_from_a_checkpoint_gives_the_same_bits(make_policy, tmp_
     for _ in range(3):
         update(policy)
     policy.save_checkpoint(tmp_path / "step_3", step=3)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+    expected = [update(policy) for _ in range(2)]  # while it is written
     policy.finish_checkpoint()
     assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
-    expected = [update(policy) for _ in range(2)]
+    assert find_damage(tmp_path / "step_3") == ""
 
     continued = make_policy()
     assert continued.load_checkpoint(tmp_path / "step_3") == 3
