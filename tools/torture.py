@@ -110,11 +110,12 @@ def main() -> int:
         )
         if not is_same:
             print(f"  undisturbed {reference.result}\n  killed      {ended.result}", flush=True)
-    by_kind = {kind: kills.count(kind) for kind in kinds}
-    print(f"{len(kills)} kills ({by_kind}) in {runs} runs; {same} of {runs} ended as the undisturbed one")
-    if arguments.json:
-        figures = {"kills": by_kind, "runs": runs, "same": same, "ranks": arguments.ranks, "seed": arguments.seed}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        by_kind = {kind: kills.count(kind) for kind in kinds}
+        if arguments.json:  # after every run: this takes long
+            figures = {"kills": by_kind, "runs": runs, "same": same, "ranks": arguments.ranks, "seed": arguments.seed}
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    counts = ", ".join(f"{kind} {kills.count(kind)}" for kind in kinds)
+    print(f"{len(kills)} kills ({counts}) in {runs} runs; {same} of {runs} ended as the undisturbed one")
     return 0 if same == runs else 1
 
 
