@@ -269,6 +269,7 @@ def end_round(
     model_path: Path,
 ) -> Policy:
     """The policy that a collapsed round hands on: its best checkpoint's, or the one it began with. Collective."""
+    checkpoints.drop_after(best)  # whoever is killed here must not go on behind the collapse
     if best:
         checkpoints.load(best)
     else:
