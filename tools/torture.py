@@ -74,6 +74,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2), help="processes of the trainer, by torchrun")
     parser.add_argument("--out", type=Path, default=Path("runs/torture"), help="folder for the runs (runs/torture)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="such as driver, engine, SIGTERM (default: all)")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     arguments = parser.parse_args()
     generator = random.Random(arguments.seed)
@@ -91,6 +92,7 @@ def main() -> int:
         kinds = ["engine", "retriever", "rank"]
     kills: list[str] = []
     runs = same = 0
+    kinds = [kind for kind in kinds if not arguments.only or kind in arguments.only]
     while len(kills) < arguments.kills:
         number = min(len(kinds), arguments.kills - len(kills))
         victims = generator.sample(kinds, number)  # each kind before any comes again

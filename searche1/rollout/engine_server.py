@@ -7,26 +7,26 @@ stub in place there too; and has them end with their parent from their first mom
 """
 
 import importlib.util
-import multiprocessing
 import os
 import runpy
 import sys
 
-from megatron_ext.lifetime import die_with_parent
+from megatron_ext.lifetime import die_with_parent, has_ended
 from searche1.rollout.torchvision_stub import stub_torchvision
 
 KEY_VARIABLE = "SEARCHE1_ENGINE_KEY"
+PID_VARIABLE = "SEARCHE1_ENGINE_PID"  # of the process that all others of an engine belong to
 
 if __name__ in ("__main__", "__mp_main__") and importlib.util.find_spec("torchvision") is None:
     stub_torchvision()
 
-if __name__ == "__mp_main__":  # before SGLang does the same, minutes of imports later: its starter may die meanwhile
+if __name__ == "__mp_main__":  # before SGLang does the same, seconds of imports later: its starter may die meanwhile
     die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    if has_ended(int(os.environ[PID_VARIABLE])):  # before we asked
         os._exit(1)
 
 if __name__ == "__main__":
+    os.environ[PID_VARIABLE] = str(os.getpid())
     if key := os.environ.pop(KEY_VARIABLE, ""):
         sys.argv += ["--api-key", key]
     runpy.run_module("sglang.launch_server", run_name="__main__")
