@@ -90,6 +90,7 @@ def main() -> int:
     kinds = ["driver", "engine", "hanging engine", "retriever", "SIGTERM", "Ctrl-C"]
     if arguments.ranks > 1:  # torchrun answers signals with a status of its own, and starts ranks again
         kinds = ["engine", "retriever", "rank"]
+    within = 0.6 * reference.seconds  # what is on the disk makes later calls shorter: a moment behind their end is none
     kills: list[str] = []
     runs = same = 0
     kinds = [kind for kind in kinds if not arguments.only or kind in arguments.only]
@@ -98,7 +99,7 @@ def main() -> int:
         victims = generator.sample(kinds, number)  # each kind before any comes again
         runs += 1
         out = arguments.out / f"killed{runs}"
-        ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=reference.seconds)
+        ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=within)
         kills += ended.kills
         if left := left_over():
             sys.exit(f"{out}: processes are left over: {left}")
