@@ -96,15 +96,6 @@ class CheckpointWriter:
             ) from error
 
 
-def save_checkpoint(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, folder: Path, *, state: dict[str, Any]
-) -> None:
-    """As `CheckpointWriter.begin`, and wait for it. Collective."""
-    writer = CheckpointWriter()
-    writer.begin(model, optimizer, folder, state=state)
-    writer.finish()
-
-
 def _agreed_token() -> str:
     """A name that no writer of an earlier process uses, who may still be at work. Collective."""
     token = [secrets.token_hex(4)]

@@ -10,6 +10,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 _is_registered = False
+_forker = 0
 
 
 def die_with_parent() -> None:
@@ -27,8 +28,19 @@ def has_ended(pid: int) -> bool:
 
 
 def forks_die_with_us() -> None:
-    """Children that Python forks from this process end with it. Call it once, before they are made."""
+    """Children that Python forks from this process end with it. May be called again."""
     global _is_registered
     if not _is_registered:
         _is_registered = True
-        os.register_at_fork(after_in_child=die_with_parent)
+        os.register_at_fork(before=_remember, after_in_child=_end_with_forker)
+
+
+def _remember() -> None:
+    global _forker
+    _forker = os.getpid()
+
+
+def _end_with_forker() -> None:
+    die_with_parent()
+    if os.getppid() != _forker:  # it died before we asked
+        os._exit(1)

@@ -7,15 +7,24 @@ stub in place there too; and has them end with their parent from their first mom
 """
 
 import importlib.util
+import multiprocessing
 import os
 import runpy
 import sys
 
-from megatron_ext.lifetime import die_with_parent, has_ended
+from megatron_ext.lifetime import die_with_parent, forks_die_with_us, has_ended
 from searche1.rollout.torchvision_stub import stub_torchvision
 
 KEY_VARIABLE = "SEARCHE1_ENGINE_KEY"
 PID_VARIABLE = "SEARCHE1_ENGINE_PID"  # of the process that all others of an engine belong to
+
+
+def fork_workers() -> None:
+    """SGLang spawns its workers, each of which imports everything again. Without CUDA a fork does as well."""
+    choose = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=force)  # type: ignore[assignment]
+    forks_die_with_us()
+
 
 if __name__ in ("__main__", "__mp_main__") and importlib.util.find_spec("torchvision") is None:
     stub_torchvision()
@@ -27,6 +36,8 @@ if __name__ == "__mp_main__":  # before SGLang does the same, seconds of imports
 
 if __name__ == "__main__":
     os.environ[PID_VARIABLE] = str(os.getpid())
+    if "cpu" in sys.argv[1:]:
+        fork_workers()
     if key := os.environ.pop(KEY_VARIABLE, ""):
         sys.argv += ["--api-key", key]
     runpy.run_module("sglang.launch_server", run_name="__main__")

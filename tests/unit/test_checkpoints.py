@@ -43,10 +43,6 @@ class FakePolicy:
         return 0
 
 
-class Said(list):
-    pass
-
-
 @pytest.fixture
 def made(tmp_path):
     def make(**train: int) -> Checkpoints:
@@ -58,9 +54,8 @@ def made(tmp_path):
         )
         return Checkpoints(session, FakePolicy(), tmp_path / "checkpoints")
 
-    said = Said()
-    make.said = said
-    return make
+    said: list[str] = []
+    return SimpleNamespace(make=make, said=said)
 
 
 def kept(checkpoints: Checkpoints) -> list[str]:
@@ -68,11 +63,11 @@ def kept(checkpoints: Checkpoints) -> list[str]:
 
 
 def test_a_round_without_checkpoints_starts_at_its_beginning(made):
-    assert made().resume() == {}
+    assert made.make().resume() == {}
 
 
 def test_the_last_ones_the_best_and_every_kth_are_kept(made):
-    checkpoints = made(keep_last=2, keep_every=30)
+    checkpoints = made.make(keep_last=2, keep_every=30)
     for step, score in ((10, 0.2), (20, 0.9), (30, 0.3), (40, 0.4), (50, 0.9), (60, 0.1), (70, None)):
         checkpoints.save(step, score=score)
     assert kept(checkpoints) == ["step_20", "step_30", "step_60", "step_70"]  # of equals, 20 is the earlier
@@ -80,7 +75,7 @@ def test_the_last_ones_the_best_and_every_kth_are_kept(made):
 
 
 def test_a_stopped_round_continues_behind_the_newest_and_gets_its_state(made):
-    checkpoints = made()
+    checkpoints = made.make()
     checkpoints.save(50, state={"best_em": 0.5})
     checkpoints.save(100, score=0.25, state={"best_em": 0.75})
     (checkpoints.folder / "step_150.1a2b3c4d.partial").mkdir()
@@ -92,7 +87,7 @@ def test_a_stopped_round_continues_behind_the_newest_and_gets_its_state(made):
 
 @pytest.mark.parametrize("how", ["a bit turned", "cut", "a file gone", "no record"])
 def test_a_damaged_checkpoint_is_set_aside_and_told_and_the_one_before_it_taken(made, how):
-    checkpoints = made()
+    checkpoints = made.make()
     checkpoints.save(50)
     checkpoints.save(100)
     data = checkpoints.folder / "step_100" / "__0_0.distcp"
@@ -113,14 +108,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_told_and_the_one_before_it_taken(
 
 
 def test_stopping_writes_the_step_at_hand_and_says_where_it_goes_on(made):
-    checkpoints = made()
+    checkpoints = made.make()
     with pytest.raises(Stopped, match=r"stopped at step 7 .* continues from there"):
         checkpoints.stop(7)
     assert kept(checkpoints) == ["step_7"]
 
 
 def test_a_round_that_goes_back_forgets_what_came_after(made):
-    checkpoints = made(keep_last=5)
+    checkpoints = made.make(keep_last=5)
     for step in (10, 20, 30):
         checkpoints.save(step)
     checkpoints.drop_after(10)

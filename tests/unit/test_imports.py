@@ -25,6 +25,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"policy", "rollout"},
     {
         "packing",
+        "pairs",
         "prompts",
         "tags",
         "rewards",

@@ -1,8 +1,10 @@
 """The trainable policy in one process: the same numbers as transformers and PEFT, and updates that do what they say."""
 
 import json
+import random
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from peft import PeftModel
@@ -456,6 +458,19 @@ def test_a_run_continued_from_a_checkpoint_gives_the_same_bits(make_policy, tmp_
     assert continued.version == 3
     assert [update(continued) for _ in range(2)] == expected
     assert_same_bits(exported(continued), exported(policy))
+
+
+def test_no_step_draws_from_a_generator_so_none_is_saved(make_policy):
+    """What a continued run needs of chance comes from seeds: docs/reliability.md."""
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())
+
+    policy = make_policy(lora=LORA)
+    before = states()
+    update(policy)
+    logprobs(policy)
+    assert states() == before
 
 
 def test_a_checkpoint_replaces_an_older_one_of_the_same_name(make_policy, tmp_path):

@@ -33,9 +33,10 @@ async def serving(
     bodies: list[dict[str, Any]] = []
 
     async def retrieve(request: web.Request) -> web.Response:
-        bodies.append(await request.json())
+        body = await request.json()
+        bodies.append(body)
         await asyncio.sleep(delay_s)
-        return answer(bodies[-1])
+        return answer(body)  # another request may have come meanwhile
 
     app = web.Application()
     app.router.add_post("/retrieve", retrieve)
