@@ -12,11 +12,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -75,7 +78,7 @@ class CheckpointWriter:
         request = dist_checkpointing.save({**sharded, "state": state}, str(partial), async_sharded_save=True)
         assert request is not None
         request.add_finalize_fn(functools.partial(_publish, partial, folder, state))
-        self._calls.schedule_async_request(request)
+        self._calls.schedule_async_request(request._replace(async_fn=functools.partial(_write, request.async_fn)))
 
     def poll(self) -> None:
         """Publishes the checkpoint under way if it is on the disk. Raises ValueError if it could not be written."""
@@ -89,11 +92,33 @@ class CheckpointWriter:
         try:
             self._calls.maybe_finalize_async_calls(blocking=blocking)
         except CheckpointException as error:  # on the first rank with what happened, on the others without
-            reasons = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+            reasons = [f"rank {rank}: {_reason(failure[0])}" for rank, failure in error.failures.items()]
             raise ValueError(
                 f"a checkpoint could not be written ({'; '.join(reasons) or 'rank 0 says why'}); make room or mend the "
                 "disk and run the same command again: it continues from the last whole one"
             ) from error
+
+
+def _write(write: Callable[..., None], *arguments: Any, **named: Any) -> None:
+    """The forked process of a rank. Megatron's waits for its children for ever, also for one that was killed."""
+    threading.Thread(target=_end_with_a_killed_child, daemon=True).start()
+    write(*arguments, **named)
+
+
+def _end_with_a_killed_child() -> None:
+    while True:
+        for child in psutil.Process().children():
+            with contextlib.suppress(ChildProcessError):  # it was joined just now
+                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None and ended.si_status:
+                    os._exit(1)  # without results, which is an error where they are awaited
+        time.sleep(0.2)
+
+
+def _reason(error: BaseException) -> str:
+    if "results_queue should not be empty" in str(error):
+        return "the process that wrote it ended before it was done; if the system killed it, memory ran out"
+    return str(error)
 
 
 def _agreed_token() -> str:

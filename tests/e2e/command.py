@@ -26,9 +26,11 @@ def searche1(*arguments: str, timeout_s: float = 300.0) -> subprocess.CompletedP
 
 
 def torchrun(
-    num_processes: int, *arguments: str, on_line: Callable[[str], None] = lambda line: None
+    num_processes: int,
+    *arguments: str,
+    on_line: Callable[[subprocess.Popen[str], str], None] = lambda process, line: None,
 ) -> subprocess.CompletedProcess[str]:
-    """A rank that dies has all ranks started again, once; `on_line` sees what they print."""
+    """A rank that dies has all ranks started again, once; `on_line` sees torchrun's process and what ranks print."""
     options = [*TORCHRUN, "--nproc-per-node", str(num_processes), "--max-restarts", "1"]
     command = [*options, "-m", "searche1", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -39,7 +41,7 @@ def torchrun(
         printed = []
         for line in process.stdout:
             printed.append(line)
-            on_line(line)
+            on_line(process, line)
         code = process.wait(timeout=500)
     return subprocess.CompletedProcess(command, code, stdout="".join(printed), stderr="")
 
@@ -80,15 +82,12 @@ def elsewhere(engine: Engine, folder: Path) -> list[str]:
     return [f"engine.urls=[{engine.url}]", f"engine.token_file={token_file}"]
 
 
-def kill_rank(rank: int) -> None:
-    """SIGKILL to the process that torchrun made this rank."""
-    ranks = [
-        int(folder.name)
-        for folder in Path("/proc").glob("[0-9]*")
-        if f"\0RANK={rank}\0".encode() in _read(folder / "environ") and b"-m\0searche1\0" in _read(folder / "cmdline")
-    ]
-    assert ranks
-    os.kill(min(ranks), signal.SIGKILL)
+def kill_rank(torchrun: subprocess.Popen[str], rank: int) -> None:
+    """SIGKILL to the process that this torchrun made this rank: not to one of its children, which look like it."""
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    ranks = [pid for pid in children if f"\0RANK={rank}\0".encode() in _read(Path("/proc", pid, "environ"))]
+    assert len(ranks) == 1, ranks
+    os.kill(int(ranks[0]), signal.SIGKILL)
 
 
 def kill_engine(log: Path) -> None:

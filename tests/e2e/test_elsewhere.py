@@ -163,12 +163,12 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_round_goes_o
     config = ["--config", str(ROOT / "configs" / "quickstart-fast.yaml")]
     killed = []
 
-    def on_line(line: str) -> None:
+    def on_line(process: subprocess.Popen[str], line: str) -> None:
         if "grpo 3/4" in line and not killed:
             killed.append(line)
-            kill_rank(1)
+            kill_rank(process, 1)
 
-    for name, watch in (("alone", lambda line: None), ("killed", on_line)):
+    for name, watch in (("alone", lambda *_: None), ("killed", on_line)):
         given = [*config, *settings(toy_world, tmp_path / name), *sizes, *servers]
         result = torchrun(2, "grpo", *given, on_line=watch)
         assert result.returncode == 0, result.stdout[-5000:]

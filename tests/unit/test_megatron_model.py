@@ -1,12 +1,15 @@
 """The trainable policy in one process: the same numbers as transformers and PEFT, and updates that do what they say."""
 
 import json
+import os
 import random
+import signal
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, make_model
@@ -458,6 +461,26 @@ def test_a_run_continued_from_a_checkpoint_gives_the_same_bits(make_policy, tmp_
     assert continued.version == 3
     assert [update(continued) for _ in range(2)] == expected
     assert_same_bits(exported(continued), exported(policy))
+
+
+@pytest.mark.parametrize("victim", ["write_preloaded_data_multiproc", "write_preloaded_data"])
+def test_a_writer_that_is_killed_is_told_and_makes_no_checkpoint(make_policy, tmp_path, monkeypatch, victim):
+    """The process that a rank forks, and the ones that it forks in turn."""
+
+    def be_killed(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(FileSystemWriterAsync, victim, staticmethod(be_killed))
+    policy = make_policy()
+    update(policy)
+    policy.save_checkpoint(tmp_path / "step_1", step=1)
+    with pytest.raises(UserError, match=r"ended before it was done.*run the same command again"):
+        policy.finish_checkpoint()
+    assert not (tmp_path / "step_1").exists()
+    monkeypatch.undo()
+    policy.save_checkpoint(tmp_path / "step_2", step=2)
+    policy.finish_checkpoint()
+    assert make_policy().load_checkpoint(tmp_path / "step_2") == 2
 
 
 def test_no_step_draws_from_a_generator_so_none_is_saved(make_policy):
