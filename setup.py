@@ -9,16 +9,18 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-ROWS = Path("megatron_ext/vocab_parallel/rows.cpp")
+VECTORS = Path("megatron_ext/vectors.h")
+KERNELS = [Path("megatron_ext/vocab_parallel/rows.cpp"), Path("searche1/rollout/engine_ops.cpp")]
 
 
-def native_rows(level: str) -> Extension:
-    """The CPU kernels of the losses for an x86-64 level. Without a compiler pip goes on: plain torch does it slower."""
-    source = hashlib.sha256(ROWS.read_bytes()).hexdigest()
+def native(path: Path, level: str) -> Extension:
+    """CPU kernels for an x86-64 level. Without a compiler pip goes on: plain torch does the same, slower."""
+    source = hashlib.sha256(VECTORS.read_bytes() + path.read_bytes()).hexdigest()
     return Extension(
-        f"megatron_ext.vocab_parallel._rows_{level}",
-        [str(ROWS)],
-        define_macros=[("ROWS_SOURCE", f'"{source}"')],  # megatron_ext/vocab_parallel/native.py compares it
+        ".".join([*path.parent.parts, f"_{path.stem}_{level}"]),
+        [str(path)],
+        depends=[str(VECTORS)],
+        define_macros=[("NATIVE_SOURCE", f'"{source}"')],  # megatron_ext/native.py compares it
         extra_compile_args=[
             *("-std=gnu++17", "-O3", f"-march=x86-64-{level}", "-mprefer-vector-width=512", "-ffp-contract=fast"),
             *("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"),
@@ -36,8 +38,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["searche1", "searche1.*", "megatron_ext", "megatron_ext.*"]),
-    package_data={"searche1": ["assets/**/*"], "megatron_ext": ["vocab_parallel/rows.cpp"]},
-    ext_modules=[native_rows("v3"), native_rows("v4")] if platform.machine() == "x86_64" else [],
+    package_data={"searche1": ["assets/**/*", "**/*.cpp"], "megatron_ext": ["**/*.cpp", "*.h"]},
+    ext_modules=[native(path, level) for path in KERNELS for level in ("v3", "v4")]
+    if platform.machine() == "x86_64"
+    else [],
     extras_require={
         "gpu": ["faiss-gpu>=1.15", "transformer-engine[pytorch]>=2.0"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"],

@@ -9,6 +9,7 @@ Shapes: T packed tokens, h query heads and g key-value heads on this tensor-para
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
+
+MOST_PADDED_TOKENS = 4096  # of short sequences that are attended to in one call
 
 
 def context_positions(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
@@ -35,6 +39,17 @@ def context_positions(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
         chunks = torch.arange(start, end).view(2 * size, -1)
         held += [chunks[rank], chunks[2 * size - 1 - rank]]
     return torch.cat(held)
+
+
+def together(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Consecutive lengths whose padded size, count times longest, stays within `max_tokens`; at least one each."""
+    parts: list[list[int]] = []
+    for length in lengths:
+        if parts and (len(parts[-1]) + 1) * max(length, *parts[-1]) <= max_tokens:
+            parts[-1].append(length)
+        else:
+            parts.append([length])
+    return parts
 
 
 class PackedSelfAttention(torch.nn.Module):
@@ -74,11 +89,17 @@ class PackedSelfAttention(torch.nn.Module):
         bounds: Tensor = packed_seq_params.cu_seqlens_q
         if self.context_group is not None:
             return self._of_this_context_rank(query, key, value, bounds, self.context_group)
-        lengths = bounds.diff().tolist()
-        outputs = [
-            self._attend(q, k, v, is_causal=True)
-            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
+        outputs = []
+        start = 0
+        for lengths in together(bounds.diff().tolist(), max_tokens=MOST_PADDED_TOKENS):
+            part = slice(start, start := start + sum(lengths))
+            alone = len(lengths) == 1  # and so no copy
+            q, k, v = (
+                x[None, part] if alone else pad_sequence(x[part].split(lengths), batch_first=True)
+                for x in (query, key, value)
+            )
+            attended = self._attend(q, k, v, is_causal=True)  # no token sees the padding, which is behind it
+            outputs += [row[:length] for row, length in zip(attended, lengths, strict=True)]
         return torch.cat(outputs).flatten(1)
 
     def _of_this_context_rank(
@@ -97,16 +118,16 @@ class PackedSelfAttention(torch.nn.Module):
                 seen = (number + 1) * chunk
                 outputs.append(
                     self._attend(
-                        query[start : start + chunk],
-                        keys[first : first + seen],
-                        values[first : first + seen],
+                        query[None, start : start + chunk],
+                        keys[None, first : first + seen],
+                        values[None, first : first + seen],
                         attn_mask=causal_lower_right(chunk, seen),  # the last query sees all
-                    )
+                    )[0]
                 )
                 start += chunk
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-        """Of one sequence, or of a chunk of its queries: [chunk, h, d]."""
-        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=True, **mask)[0].transpose(0, 1)
+        """Of sequences, or of chunks of their queries: [sequences, chunk, h, d]."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=True, **mask).transpose(1, 2)

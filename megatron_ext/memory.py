@@ -186,6 +186,7 @@ def layer_bytes(shape: ModelShape, sizes: ParallelSizes, settings: TrainingPass)
     norm_input = 2 * hidden * b / between
     linear_input = 2 * hidden * b / between  # of the fused q k v and of the MLP
     # q k v as the linear wrote them (v is a view into it), q and k turned, the output, its copy for the next linear.
+    # Short sequences that the attention of this project pads and takes together save q and k less.
     attention = ((queries + 2 * keys) + (queries + keys) + queries + queries) * b / tensor
     attention += shape.num_heads * 4 / tensor  # a log-sum-exp a head
     rotation = 4 * d * b  # cosine and sine for q and for k

@@ -47,14 +47,19 @@ def group_advantages(rewards: Sequence[float], *, eps: float) -> list[float]:
 class RowTensors:
     """Per-row values of one micro-batch, [R] float32 each."""
 
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
+    old_logprobs: Tensor | None  # None where no update came before: then they are what the update itself finds
+    ref_logprobs: Tensor | None  # None where the reference is the old policy
     advantages: Tensor
     engine_logprobs: Tensor
     weights: Tensor  # sum to one over the mini-batch
 
-    def part(self, rows: slice) -> RowTensors:
-        return RowTensors(**{f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self)})
+    def part(self, rows: slice, logprobs: Tensor) -> RowTensors:
+        """Some of the rows, with what is None taken from their logprobs under the policy that is updated."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        part = {name: value[rows] for name, value in fields.items() if value is not None}
+        part.setdefault("old_logprobs", logprobs.detach())
+        part.setdefault("ref_logprobs", part["old_logprobs"])
+        return RowTensors(**part)
 
 
 class Terms(NamedTuple):
@@ -67,6 +72,7 @@ class Terms(NamedTuple):
 
 def grpo_terms(logprobs: Tensor, rows: RowTensors, *, clip_eps: float) -> Terms:
     """Ratio, clipped surrogate and the KL to the reference policy."""
+    assert rows.old_logprobs is not None and rows.ref_logprobs is not None
     ratio = (logprobs - rows.old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.minimum(ratio * rows.advantages, clipped * rows.advantages)
@@ -92,6 +98,7 @@ def grpo_loss(
 def grpo_metrics(found: TokenLogprobs, rows: RowTensors, *, clip_eps: float) -> dict[str, Tensor]:
     """What the rows say, as weighted sums."""
     terms = grpo_terms(found.logprobs, rows, clip_eps=clip_eps)
+    assert rows.old_logprobs is not None
     is_clipped = terms.ratio * rows.advantages > terms.surrogate
     return {
         "kl": (rows.weights * terms.kl).sum(),
@@ -300,8 +307,11 @@ def grpo_step(
             attention_cost=attention_cost(policy.shape),
         )
         packed.append((part, batches))
-    # Old and reference logprobs of the whole rollout batch come before the first update.
-    old = [policy.logprobs(batches, temperature=temperature) for _, batches in packed]
+    # Before the first update the policy is still the old one, and the update's own forward pass finds its logprobs.
+    # Those of later mini-batches, and of the reference, take a pass each before anything moves.
+    nothing: list[None] = [None] * len(packed[0][1])
+    old: list[Sequence[Tensor | None]] = [nothing]
+    old += [policy.logprobs(batches, temperature=temperature) for _, batches in packed[1:]]
     ref = old
     if reference is not None:
         with policy.weights(reference):
@@ -311,7 +321,7 @@ def grpo_step(
     for (part, batches), old_rows, ref_rows in zip(packed, old, ref, strict=True):
         rows = (
             [
-                row_tensors(part, batch, old_logprobs=o, ref_logprobs=r)
+                row_tensors(part, batch, old_logprobs=o, ref_logprobs=r, device=layout.device)
                 for batch, o, r in zip(batches, old_rows, ref_rows, strict=True)
             ]
             if layout.is_last_stage
@@ -322,24 +332,29 @@ def grpo_step(
             def row_loss(new: TokenLogprobs, chunk: slice) -> Tensor:
                 return grpo_loss(
                     *new,
-                    rows[index].part(chunk),
+                    rows[index].part(chunk, new.logprobs),
                     clip_eps=settings.clip_eps,
                     kl_coef=settings.kl_coef,
                     entropy_coef=settings.entropy_coef,
                 )
 
             value, found = policy.token_loss(hidden, batches[index].targets, row_loss, temperature=temperature)
-            return value, {"loss": value.detach(), **grpo_metrics(found, rows[index], clip_eps=settings.clip_eps)}
+            every = rows[index].part(slice(None), found.logprobs)
+            return value, {"loss": value.detach(), **grpo_metrics(found, every, clip_eps=settings.clip_eps)}
 
         updates.append(policy.train_step(batches, loss, lr=lr))
     return updates
 
 
 def row_tensors(
-    part: Sequence[TrainedSample], batch: PackedBatch, *, old_logprobs: Tensor, ref_logprobs: Tensor
+    part: Sequence[TrainedSample],
+    batch: PackedBatch,
+    *,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    device: torch.device,
 ) -> RowTensors:
     """Line up what the loss needs with this rank's rows of a micro-batch."""
-    device = old_logprobs.device
     owners = batch.sample_of_row.tolist()
     advantages = torch.tensor([part[owner].advantage for owner in owners])
     engine = torch.tensor([x for owner in dict.fromkeys(owners) for x in part[owner].trajectory.engine_logprobs])
@@ -382,7 +397,7 @@ def log_step(
     if step == 0:  # docs/debugging.md says what each of these should be, and why it might not
         first = updates[0]
         session.tell(
-            f"  first update: mean ratio {first['ratio_mean']:.4f} (1), KL {first['kl']:.1e} (0), "
+            f"  first update: KL {first['kl']:.1e} (0), "
             f"engine against trainer {first['engine_gap']:.1e} per logprob, "
             f"truncated {rollouts.get('truncated_share', 0):.1%}, "
             f"invalid actions {rollouts.get('invalid_action_share', 0):.1%}, "

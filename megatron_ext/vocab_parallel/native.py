@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_ext.native import load_kernels
 from megatron_ext.vocab_parallel.cpu import for_rows
 from megatron_ext.vocab_parallel.shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16)
-LEVELS = {"AVX512": ("v4", "v3"), "AVX2": ("v3",)}  # what torch says of the CPU -> builds that run on it, best first
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
@@ -46,28 +45,7 @@ class _Block(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The loaded kernels, or why there are none."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in LEVELS:
-        return f"this CPU is {capability}, and they are built for AVX2 and AVX-512"
-    here = Path(__file__).parent
-    source = hashlib.sha256((here / "rows.cpp").read_bytes()).hexdigest()
-    reason = "they are not built; there was no g++ when the project was installed"
-    for path in (path for level in LEVELS[capability] for path in sorted(here.glob(f"_rows_{level}.*so"))):
-        try:
-            library = ctypes.CDLL(str(path))
-            library.rows_source.restype = ctypes.c_char_p
-            built_from = library.rows_source().decode()
-        except (OSError, AttributeError) as error:
-            reason = f"{path.name} does not load ({error}); install the project again"
-            continue
-        if built_from != source:
-            reason = f"{path.name} was built from another rows.cpp; install the project again"
-            continue
-        for name, types in SIGNATURES.items():
-            getattr(library, name).argtypes = types
-            getattr(library, name).restype = None
-        return library
-    return reason
+    return load_kernels(Path(__file__).with_name("rows.cpp"), SIGNATURES)
 
 
 def why_absent() -> str | None:

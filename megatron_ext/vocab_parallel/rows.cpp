@@ -1,110 +1,12 @@
 // The row kernels of protocol.py for CPUs, built at install for two levels of x86-64 (setup.py) and called through
-// a plain C interface (native.py). Vectors are GCC's and Clang's own: sixteen floats, whatever the instructions are.
+// a plain C interface (native.py).
 //
 // A tile of a row is read from memory once: the sums find it in the cache where the maximum left it. Sums run in
-// sixteen lanes that are added up in one order, so a row gives the same bits in any company.
+// lanes that are added up in one order, so a row gives the same bits in any company.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "../vectors.h"
 
 namespace {
-
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-constexpr float INF = __builtin_inff();
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline Floats all(float x) { return Floats{} + x; }
-
-inline Floats load(const float* p) {
-    Floats x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-inline Floats load(const bfloat16* p) {
-    Halves h;
-    std::memcpy(&h, p, sizeof h);
-    return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
-
-inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
-
-inline void store(bfloat16* p, Floats x) { // round to nearest even; NaN stays NaN
-    Words bits = (Words)x;
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Halves h = __builtin_convertvector((Words)(x == x ? (Ints)rounded : (Ints)(rounded | 0x7fc0)), Halves);
-    std::memcpy(p, &h, sizeof h);
-}
-
-// The last, incomplete vector of a tile: columns behind its end read as -inf and are not written.
-template <class T> inline Floats load_some(const T* p, int64_t count) {
-    T some[LANES] = {};
-    std::memcpy(some, p, count * sizeof(T));
-    Floats x = load(some);
-    for (int64_t k = count; k < LANES; k++) x[k] = -INF;
-    return x;
-}
-
-template <class T> inline void store_some(T* p, Floats x, int64_t count) {
-    T some[LANES];
-    store(some, x);
-    std::memcpy(p, some, count * sizeof(T));
-}
-
-inline Floats larger(Floats a, Floats b) { return a < b ? b : a; } // NaN in a stays
-
-// e^x for x <= 0: 0 below -87.3 (denormals would be slow), NaN for NaN. Cephes' polynomial, error about one ulp.
-inline Floats exp_negative(Floats x) {
-    Floats shifted = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
-    Floats n = shifted - 12582912.0f;
-    Floats r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + (r + 1.0f);
-    Floats power = (Floats)(((Ints)shifted << 23) + (127 << 23));
-    return x < -87.3f ? all(0.0f) : p * power;
-}
-
-inline float sum(Floats x) {
-    float total = 0.0f;
-    for (int k = 0; k < LANES; k++) total += x[k];
-    return total;
-}
-
-inline float largest(Floats x) {
-    float found = x[0];
-    for (int k = 1; k < LANES; k++) found = found < x[k] || x[k] != x[k] ? x[k] : found;
-    return found;
-}
-
-inline float finite(float m) { return m == -INF ? 0.0f : m; } // a maximum that may be subtracted
-
-// Calls body(column, load, store) for every vector of a tile; the loaders know where the tile ends.
-template <class Body> inline void each_vector(int64_t begin, int64_t end, Body body) {
-    int64_t k = begin;
-    for (; k + LANES <= end; k += LANES) {
-        body(
-            k, [](auto* p) { return load(p); }, [](auto* p, Floats x) { store(p, x); });
-    }
-    if (int64_t rest = end - k) {
-        body(
-            k, [rest](auto* p) { return load_some(p, rest); }, [rest](auto* p, Floats x) { store_some(p, x, rest); });
-    }
-}
 
 template <class T> float tile_maximum(const T* z, int64_t begin, int64_t end, float scale) {
     Floats m = all(-INF);
@@ -319,7 +221,7 @@ template <class F> void for_type(int is_bfloat16, F f) {
 
 extern "C" {
 
-const char* rows_source() { return ROWS_SOURCE; } // hash of this file, set by setup.py
+const char* native_source() { return NATIVE_SOURCE; } // hash of the sources, set by setup.py
 
 void rows_token_stats(const Block* block, int is_bfloat16, const void* logits, const int64_t* targets, int64_t start,
                       float* stats) {

@@ -79,7 +79,8 @@ def step_time(
         parts += _rollout_parts(config, shape, cluster, cache, guess, lengths)
     if is_offloaded(config):
         parts.append(Duration("trainer state to the host and back", 2 * (weights + 12 * share) / rates.host))
-    parts.append(Duration("old logprobs", updates * forward))
+    if updates > 1:  # the first update finds its own
+        parts.append(Duration("old logprobs", (updates - 1) * forward))
     if config.grpo.kl_coef:
         # The own weights go to the host, the reference's come, the own come back.
         parts.append(Duration("reference logprobs", updates * forward + 3 * weights / rates.host))

@@ -10,31 +10,61 @@ from typing import Any
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from searche1.rollout.cpu_kernels import attend, make_chunks
+from searche1.rollout import engine_ops
+from searche1.rollout.cpu_kernels import Chunk, attend, make_chunks
 
 
 class BatchedNativeAttention(TorchNativeAttnBackend):
-    """Causal text models only; the key-value cache is the original's."""
+    """Causal text models only; the key-value cache is the original's.
+
+    New tokens of many requests go through PyTorch in padded chunks; single ones, when decoding, through C++ where it
+    is built and knows the model's sizes.
+    """
+
+    chunks: list[Chunk] | None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        seq_lens = forward_batch.seq_lens.tolist()
-        is_decode = forward_batch.forward_mode.is_decode()
-        self.chunks = make_chunks(
-            self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, : max(seq_lens, default=0)],
+        self.batch = forward_batch
+        self.numbers, self.lengths = forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long()
+        self.chunks = None  # one plan serves every layer
+
+    def _plan(self) -> list[Chunk]:
+        seq_lens = self.lengths.tolist()
+        is_decode = self.batch.forward_mode.is_decode()
+        return make_chunks(
+            self.req_to_token_pool.req_to_token[self.numbers, : max(seq_lens, default=0)],
             seq_lens=seq_lens,
-            query_lens=[1] * len(seq_lens) if is_decode else forward_batch.extend_seq_lens.tolist(),
+            query_lens=[1] * len(seq_lens) if is_decode else self.batch.extend_seq_lens.tolist(),
         )
 
-    # Names, first arguments and options are the original's; the arguments between are in the chunks already.
+    # Names, first arguments and options are the original's; the arguments between are in the batch already.
 
     def _run_sdpa_forward_extend(self, query, output, keys, values, *_, scaling, enable_gqa, **options):
         return self._attend(query, output, keys, values, scaling, enable_gqa, options)
 
     def _run_sdpa_forward_decode(self, query, output, keys, values, *_, scaling, enable_gqa, **options):
-        return self._attend(query, output, keys, values, scaling, enable_gqa, options)
+        _refuse(options)
+        if not engine_ops.can_decode(query, keys):
+            return self._attend(query, output, keys, values, scaling, enable_gqa, options)
+        return engine_ops.decode_attention(
+            query,
+            output,
+            keys=keys,
+            values=values,
+            slots=self.req_to_token_pool.req_to_token,
+            numbers=self.numbers,
+            lengths=self.lengths,
+            scale=scaling,
+        )
 
     def _attend(self, query, output, keys, values, scaling, enable_gqa, options):
-        if options["is_cross_attn"] or options["sliding_window_size"] is not None:
-            raise ValueError("a model with sliding windows or cross attention does not run on a CPU; use a GPU")
+        _refuse(options)
+        if self.chunks is None:
+            self.chunks = self._plan()
         return attend(query, output, keys=keys, values=values, chunks=self.chunks, scale=scaling, enable_gqa=enable_gqa)
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    if options["is_cross_attn"] or options["sliding_window_size"] is not None:
+        raise ValueError("a model with sliding windows or cross attention does not run on a CPU; use a GPU")

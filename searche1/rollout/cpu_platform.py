@@ -65,12 +65,16 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers import sampler
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
+        from searche1.rollout import engine_ops
         from searche1.rollout.cpu_attention import BatchedNativeAttention
         from searche1.rollout.cpu_kernels import seeded_multinomial
 
         # Under the old name, by which SGLang knows that there is no Triton.
         register_attention_backend("torch_native")(BatchedNativeAttention)
         # Its hash exists in CUDA and in sgl_kernel only.
-        sampler.multinomial_with_seed = seeded_multinomial
+        is_native = not isinstance(engine_ops.library(), str)
+        sampler.multinomial_with_seed = engine_ops.seeded_multinomial if is_native else seeded_multinomial
+        if is_native:
+            engine_ops.register()
         # The other half of deterministic inference replaces matrix products by Triton kernels.
         batch_invariant_ops.enable_batch_invariant_mode = lambda: None

@@ -173,7 +173,7 @@ class Engine:
             raise EngineLost(f"{self.url} failed: {type(error).__name__}: {error}\n{self._last_words()}") from error
         if status != 200:
             raise EngineError(f"{self.url} refused a completion with HTTP status {status}: {body[:500]}")
-        return parse_completion(json.loads(body))
+        return parse_completion(body)
 
     def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Logprobs of every id but the first, given the ids before it; one list a sequence."""
@@ -381,20 +381,26 @@ def start_engine(
     return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch, key=key)
 
 
-def parse_completion(answer: dict[str, Any]) -> Completion:
-    """SGLang's answer to /generate. Raises EngineError if the request was aborted."""
-    meta = answer["meta_info"]
-    reason = meta["finish_reason"]
-    if reason["type"] == "abort":
-        raise EngineError(f"the engine aborted a completion: {reason.get('message', 'no reason given')}")
-    sampled = meta["output_token_logprobs"]  # [logprob, id, text] each
-    return Completion(
-        token_ids=tuple(entry[1] for entry in sampled),
-        logprobs=tuple(entry[0] for entry in sampled),
-        text=answer["text"],
-        finish_reason=reason["type"],
-        weight_version=str(meta["weight_version"]),
-    )
+def parse_completion(body: str) -> Completion:
+    """SGLang's answer to /generate. Raises EngineError if the request was aborted, or the answer is none."""
+    try:
+        answer = json.loads(body)
+        meta = answer["meta_info"]
+        reason = meta["finish_reason"]
+        if reason["type"] == "abort":
+            raise EngineError(f"the engine aborted a completion: {reason.get('message', 'no reason given')}")
+        sampled = meta["output_token_logprobs"]  # [logprob, id, text] each
+        return Completion(
+            token_ids=tuple(int(entry[1]) for entry in sampled),
+            logprobs=tuple(float(entry[0]) for entry in sampled),
+            text=str(answer["text"]),
+            finish_reason=str(reason["type"]),
+            weight_version=str(meta["weight_version"]),
+        )
+    except EngineError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise EngineError(f"the engine answered what is no completion of SGLang's: {body[:300]!r}") from error
 
 
 def shared(bucket: Bucket) -> str:

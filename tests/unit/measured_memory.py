@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import megatron_ext.attention
 from megatron_ext.hf_mapping import model_shape
 from megatron_ext.known_models import KnownModel, hf_config
 from megatron_ext.lora import LoraSettings, attach_adapters
@@ -32,6 +33,9 @@ def shape_of(model):
     """A request's model: its type and the numbers of its config.json."""
     numbers = {key: value for key, value in model.items() if key != "type"}
     return model_shape(hf_config(KnownModel(model["type"], numbers, 0.0, ())))
+
+
+megatron_ext.attention.MOST_PADDED_TOKENS = 0  # each sequence alone, as long ones are: padding copies, and saves less
 
 
 def resident(name="VmRSS"):  # bytes

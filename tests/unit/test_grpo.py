@@ -1,5 +1,6 @@
 """GRPO's arithmetic: advantages (Eq. 1), the loss (Eq. 2), and which trajectories are trained on, in which updates."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -139,13 +140,24 @@ def test_row_values_belong_to_the_rows_of_their_trajectory():
         sharing=Sharing(sequence=4),
     )
     rows = torch.arange(5.0)
-    found = row_tensors(part, batch, old_logprobs=rows, ref_logprobs=rows + 1)
+    found = row_tensors(part, batch, old_logprobs=rows, ref_logprobs=rows + 1, device=torch.device("cpu"))
     assert found.engine_logprobs.tolist() == [-float(t) for t in batch.targets.tolist()]
     assert found.advantages.tolist() == [2.0, 2.0, 2.0, 0.5, 0.5]
     assert torch.equal(found.old_logprobs, rows) and torch.equal(found.ref_logprobs, rows + 1)
     assert torch.equal(found.weights, batch.weights)
-    some = found.part(slice(2, 4))
+    some = found.part(slice(2, 4), -rows[2:4])
     assert some.advantages.tolist() == [2.0, 0.5] and torch.equal(some.old_logprobs, rows[2:4])
+
+
+def test_without_a_pass_of_their_own_old_and_reference_logprobs_are_those_that_the_update_finds():
+    first = RowTensors(None, None, torch.ones(3), torch.zeros(3), torch.ones(3))
+    new = torch.tensor([-1.0, -2.0], requires_grad=True)
+    part = first.part(slice(1, 3), new)
+    assert torch.equal(part.old_logprobs, new) and torch.equal(part.ref_logprobs, new)
+    assert not part.old_logprobs.requires_grad and len(part.advantages) == 2
+    reference = torch.tensor([-5.0, -6.0, -7.0])
+    part = dataclasses.replace(first, ref_logprobs=reference).part(slice(1, 3), new)
+    assert torch.equal(part.old_logprobs, new) and torch.equal(part.ref_logprobs, reference[1:])
 
 
 # -- the loss -------------------------------------------------------------------------------------

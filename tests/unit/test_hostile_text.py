@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -16,8 +17,9 @@ from searche1.prompts import format_documents, information, student_prompt, teac
 from searche1.retrieval.client import parse_answer
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
+from searche1.rollout.engine import EngineError, parse_completion
 from searche1.rollout.protocol import Search
-from searche1.types import Question, Trajectory, UserError
+from searche1.types import Completion, Question, Trajectory, UserError
 
 GOLD = Question("1", "who?", ("gold",), "nq")
 TAGS = ["<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>"]
@@ -50,8 +52,8 @@ def test_a_passage_cannot_answer_for_the_policy_nor_end_its_observation():
     assert TOKENIZER.decode(masked, skip_special_tokens=False) == trajectory.policy_text
 
 
-@given(turns=st.lists(texts, min_size=5, max_size=5), passage=texts)
-def test_only_a_complete_answer_in_the_policys_own_turn_is_rewarded(turns: list[str], passage: str):
+def check_rewarded(turns: list[str], passage: str) -> bool:
+    """Only a complete answer in the policy's own turn is; returns whether this one was."""
     trajectory = roll_out(iter(turns), f'"T"\n{passage}')
     own = [span for span in trajectory.spans if span.author == "policy"]
     assert 1 <= len(own) <= ROLLOUT.max_searches + 1
@@ -59,6 +61,22 @@ def test_only_a_complete_answer_in_the_policys_own_turn_is_rewarded(turns: list[
     assert all((span.author == "policy") == (span.kind not in ("information", "error")) for span in trajectory.spans)
     if em_reward(trajectory, GOLD) == 1.0:
         assert any("<answer>" in span.text and "gold" in span.text and "</answer>" in span.text for span in own)
+        return True
+    return False
+
+
+@given(turns=st.lists(texts, min_size=5, max_size=5), passage=texts)
+def test_only_a_complete_answer_in_the_policys_own_turn_is_rewarded(turns: list[str], passage: str):
+    check_rewarded(turns, passage)
+
+
+def test_a_hundred_thousand_hostile_trajectories():
+    draw = random.Random(0)
+    num_rewarded = sum(
+        check_rewarded(["".join(draw.choices(PIECES, k=draw.randrange(12))) for _ in range(5)], draw.choice(PIECES))
+        for _ in range(100_000)
+    )
+    assert 10_000 < num_rewarded < 90_000  # both kinds are among them
 
 
 @pytest.mark.parametrize("turn", ["", "<search>" * 200, "<answer><search>a</search>", "</answer><answer>", "\x00" * 50])
@@ -133,3 +151,25 @@ def test_a_retriever_may_answer_what_it_likes_and_gets_no_stack_trace():
     for body in ("[" * 100_000, "null", '{"result": [[{"document": null}]]}', '{"result": {"0": []}}'):
         with pytest.raises(UserError, match="malformed"):
             parse_answer(body, num_queries=1, topk=3)
+
+
+def test_an_engine_may_answer_what_it_likes_and_gets_no_stack_trace():
+    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": 3}
+    good = json.dumps({"text": "a", "meta_info": meta})
+    assert parse_completion(good) == Completion((7,), (-0.5,), "a", "stop", "3")
+    draw = random.Random(0)
+    num_refused = 0
+    for _ in range(20_000):
+        body = list(good)
+        for _ in range(draw.randrange(1, 6)):
+            at = draw.randrange(len(body))
+            body[at : at + draw.randrange(4)] = draw.choice(['"', "{", "]", "null", "\\ud800", "9", ""])
+        try:
+            parse_completion("".join(body))
+        except EngineError as error:
+            num_refused += "no completion of SGLang's" in str(error)
+    assert num_refused > 10_000
+    with pytest.raises(EngineError, match="no completion"):
+        parse_completion("[" * 100_000)
+    with pytest.raises(EngineError, match="aborted a completion: too long"):
+        parse_completion('{"meta_info": {"finish_reason": {"type": "abort", "message": "too long"}}}')

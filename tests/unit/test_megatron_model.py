@@ -325,7 +325,7 @@ def test_any_packing_over_any_number_of_data_ranks_gives_the_same_loss_and_gradi
         number, found, its_gradient = summed(max_tokens=max_tokens, num_ranks=num_ranks)
         assert number >= num_ranks
         assert found == pytest.approx(loss, rel=1e-6)
-        assert (its_gradient - gradient).norm() <= 1e-6 * gradient.norm()
+        assert (its_gradient - gradient).norm() <= 3e-6 * gradient.norm()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

@@ -1,8 +1,11 @@
 """The retriever as a process, over real HTTP."""
 
 import asyncio
+import collections
+import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -102,6 +105,33 @@ def test_topk_has_a_default_and_an_end(server, body, expected):
 def test_a_request_that_breaks_the_schema_is_refused(server, body):
     with pytest.raises(urllib.error.HTTPError, match="422"):
         post(server.url, body)
+
+
+def test_hostile_requests_are_refused_and_leave_the_server_as_it_was(server):
+    """Mutated bodies, paths, methods and bytes that are not HTTP, on real connections."""
+    draw = random.Random(0)
+    address = urlsplit(server.url)
+    good = json.dumps({"queries": ["who?", "Nile"], "topk": 2, "return_scores": True}).encode()
+    pieces = [b'"', b"{", b"]", b"\xff", b"\x00", b"null", b"-1", b"1e999", b"\\ud800", b"[" * 2000, b"</answer>"]
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+    seen = collections.Counter()
+    for _ in range(1500):
+        body = bytearray(good)
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(len(body))
+            body[at : at + draw.randrange(5)] = draw.choice(pieces)
+        path = draw.choice(["/retrieve"] * 8 + ["/", "/../../etc/passwd", "/health", "/retrieve/%00"])
+        connection.request(draw.choice(["POST"] * 8 + ["GET", "PUT"]), path, bytes(body))
+        response = connection.getresponse()
+        response.read()
+        seen[response.status] += 1
+    assert set(seen) == {200, 404, 405, 422}, seen
+    assert min(seen[200], seen[422]) > 100
+    for _ in range(50):
+        with socket.create_connection((address.hostname, address.port), timeout=30) as raw:
+            raw.sendall(draw.randbytes(draw.randrange(1, 3000)) + b"\r\n\r\n")
+    assert post(server.url, {"queries": ["Who wrote Faust?"], "topk": 1})[0][0]["id"] == "goethe"
+    assert "Traceback" not in server.log_path.read_text()
 
 
 def test_health_tells_what_is_served(server, built):

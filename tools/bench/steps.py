@@ -218,7 +218,7 @@ def bench_train(bench: Bench) -> dict[str, Any]:
         "tokens_per_s": round(sum(lengths) / seconds, 1),
         "ratio_mean": update["ratio_mean"],
         "grad_norm": update["grad_norm"],
-        **share_of_peak(4 * forward, seconds),  # old logprobs, forward, and backward that counts twice
+        **share_of_peak(3 * forward, seconds),  # forward, and backward that counts twice
     }
     grpo["peak_memory_bytes"] = take_peak()
     print(f"GRPO step: {grpo}", flush=True)

@@ -1,0 +1,191 @@
+"""SGLang's float32 layers on a CPU in C++ (engine_ops.cpp), where setup.py could build it; elsewhere plain torch.
+
+A decoding step of a small model is dozens of tiny tensor operations a layer, each of which costs more to call than to
+compute. What has another dtype, width or option goes to SGLang's own forward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.native import load_kernels
+
+HEAD_SIZES = (32, 64, 96, 128)
+WIDTH = 16  # floats of a vector
+
+_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "ops_decode_attention": (*[_INT64] * 4, *[_POINTER] * 4, _INT64, _POINTER, _POINTER, _FLOAT, _POINTER),
+    "ops_rms_norm": (_INT64, _INT64, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
+    "ops_silu_and_mul": (_INT64, _INT64, _POINTER, _POINTER),
+    "ops_seeded_multinomial": (_INT64, _INT64, *[_POINTER] * 4),
+    "ops_rotate": (*[_INT64] * 3, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The kernels, or why there are none."""
+    return load_kernels(Path(__file__).with_name("engine_ops.cpp"), SIGNATURES)
+
+
+def can_decode(query: Tensor, keys: Tensor) -> bool:
+    """Whether `decode_attention` is built and knows these."""
+    return (
+        not isinstance(library(), str)
+        and query.dtype == keys.dtype == torch.float32
+        and query.shape[-1] in HEAD_SIZES
+        and query.is_contiguous()
+    )
+
+
+def decode_attention(
+    query: Tensor,
+    output: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    numbers: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """Fills and returns `output`: one new token of each request over all of its tokens.
+
+    Args:
+        query, output: float32 [requests, heads, size].
+        keys, values: float32 [places, key-value heads, size].
+        slots: int32 [requests of the pool, longest], the places of their tokens.
+        numbers, lengths: int64 [requests], the row of `slots` and the tokens of each.
+    """
+    requests, heads, size = query.shape
+    assert slots.dtype == torch.int32 and slots.stride(1) == 1
+    kernels().ops_decode_attention(
+        requests,
+        heads,
+        keys.shape[1],
+        size,
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        slots.stride(0),
+        numbers.data_ptr(),
+        lengths.data_ptr(),
+        scale,
+        output.data_ptr(),
+    )
+    return output
+
+
+def kernels() -> Any:
+    found = library()
+    assert not isinstance(found, str), found
+    return found
+
+
+def rms_norm(
+    layer: Any, x: Tensor, residual: Tensor | None = None, post_residual_addition: Tensor | None = None, **_: Any
+) -> Any:
+    """SGLang's RMSNorm: the norm, and with a residual also its sum with x."""
+    tensors = [x, layer.weight] if residual is None else [x, layer.weight, residual]
+    is_plain = layer.variance_size_override is None and post_residual_addition is None
+    if not (is_plain and all(map(_is_simple, tensors))):
+        return layer.forward_native(x, residual, post_residual_addition)
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    total = None if residual is None else torch.empty_like(x)
+    kernels().ops_rms_norm(
+        x.numel() // width,
+        width,
+        x.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        layer.weight.data_ptr(),
+        layer.variance_epsilon,
+        None if total is None else total.data_ptr(),
+        out.data_ptr(),
+    )
+    return out if total is None else (out, total)
+
+
+def seeded_multinomial(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """`cpu_kernels.seeded_multinomial`: the same hash, and the same draws but for ties within rounding."""
+    logprobs = logprobs.double().contiguous()
+    seeds, positions = seeds.long().contiguous(), positions.long().contiguous()
+    out = torch.empty(len(logprobs), 1, dtype=torch.int64)
+    kernels().ops_seeded_multinomial(
+        *logprobs.shape, logprobs.data_ptr(), seeds.data_ptr(), positions.data_ptr(), out.data_ptr()
+    )
+    return out
+
+
+def silu_and_mul(layer: Any, x: Tensor) -> Tensor:
+    """SGLang's SiluAndMul: [..., 2 * width] -> [..., width]."""
+    width = x.shape[-1] // 2
+    if not (_is_simple(x) and width % WIDTH == 0):
+        return layer.forward_native(x)
+    out = x.new_empty(*x.shape[:-1], width)
+    kernels().ops_silu_and_mul(out.numel() // width, width, x.data_ptr(), out.data_ptr())
+    return out
+
+
+def rotate(
+    layer: Any, positions: Tensor, query: Tensor, key: Tensor, *more: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    """SGLang's RotaryEmbedding of whole heads whose halves belong together."""
+    size, angles = layer.head_size, layer.cos_sin_cache
+    fits = (
+        layer.is_neox_style
+        and layer.rotary_dim == size
+        and size % (2 * WIDTH) == 0
+        and positions.dtype == torch.int64
+        and positions.is_contiguous()
+        and angles.dtype == torch.float32
+        and not any(map(_is_set, (*more, *named.values())))
+        and all(x.dtype == torch.float32 and x.ndim == 2 and x.stride(1) == 1 for x in (query, key))
+    )
+    if not fits:
+        return layer.forward_native(positions, query, key, *more, **named)
+    rotated = []
+    for x in (query, key):
+        out = torch.empty(x.shape)
+        kernels().ops_rotate(
+            len(x),
+            x.shape[1] // size,
+            size,
+            positions.data_ptr(),
+            angles.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+        )
+        rotated.append(out)
+    return rotated[0], rotated[1]
+
+
+def register() -> None:
+    """Puts them where SGLang looks for a platform's own layers; before 0.5.21 it looks nowhere."""
+    try:
+        from sglang.kernels.fused_op import BaseFusedOp
+    except ModuleNotFoundError:
+        return
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    for layer, forward in ((RMSNorm, rms_norm), (SiluAndMul, silu_and_mul), (RotaryEmbedding, rotate)):
+        BaseFusedOp.register_oot_forward(layer, forward, "native")
+
+
+def _is_set(option: Any) -> bool:
+    return option is not None
+
+
+def _is_simple(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous() and x.shape[-1] % WIDTH == 0

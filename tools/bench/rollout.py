@@ -1,0 +1,329 @@
+"""How fast rollouts are, against what a user would take instead. Same model, prompts and token counts, in turn.
+
+    python tools/bench/rollout.py decode    tokens a second of the engine alone: every request decodes as many tokens
+                                            as every other, beside SGLang without our kernels and HuggingFace generate
+    python tools/bench/rollout.py search    trajectories a second with the retriever: our sampler and engine, beside a
+                                            HuggingFace generate loop over turns, and beside the engine alone, which is
+                                            asked for the same tokens of the same contexts and never searches
+
+`decode` takes a Qwen2 of 2.8 million random weights, which is small enough that a CPU's time goes where a GPU's would:
+into everything but matrix products. `search` takes the shipped toy policy in its world. One thread each. What is idle
+is stopped (SIGSTOP). Prints medians and ratios, and JSON as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import torch
+from hf_loop import TOY_POLICY, TurnLoop
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from searche1.config import load_config
+from searche1.data import load_questions
+from searche1.models import load_tokenizer
+from searche1.quickstart import make_world
+from searche1.rollout.engine import Engine, start_engine
+from searche1.rollout.fleet import Fleet
+from searche1.rollout.sampler import Rollouts, Sampler
+from searche1.rollout.servers import make_retriever_client, start_retriever
+from searche1.types import Trajectory
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW_TOKENS = 64
+PROMPT_TOKENS = 16
+
+
+# -- servers that can stand still -----------------------------------------------------------------
+
+
+def processes_of(engine: Engine) -> int:
+    """The process group of a server that we started."""
+    assert engine._process is not None
+    return engine._process.pid
+
+
+@contextlib.contextmanager
+def running(engine: Engine) -> Iterator[None]:
+    """Lets a stopped server run meanwhile."""
+    os.killpg(processes_of(engine), signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(processes_of(engine), signal.SIGSTOP)
+
+
+def our_engine(model: Path, log: Path, *, max_running: int) -> Engine:
+    return start_engine(
+        model_path=model,
+        device="cpu",
+        dtype="float32",
+        tensor=1,
+        port=0,
+        seed=0,
+        mem_fraction=0.2,
+        max_total_tokens=60_000,
+        max_running=max_running,
+        context_length=1000,
+        attention_backend="",
+        log_path=log,
+    )
+
+
+def stock_engine(model: Path, log: Path, *, max_running: int, port: int) -> Engine:
+    """SGLang as a user starts it on a CPU, with the smallest pool that is enough and no detours."""
+    command = [sys.executable, str(ROOT / "tools/bench/stock_server.py"), "--model-path", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--device", "cpu"]
+    command += ["--dtype", "float32", "--disable-overlap-schedule", "--disable-cuda-graph"]
+    command += ["--attention-backend", "torch_native", "--max-total-tokens", "60000", "--sleep-on-idle"]
+    command += ["--mem-fraction-static", "0.2", "--max-running-requests", str(max_running)]
+    command += ["--context-length", "1000", "--grammar-backend", "none"]
+
+    def launch() -> subprocess.Popen[bytes]:
+        with log.open("ab") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+    return Engine(url=f"http://127.0.0.1:{port}", log_path=log, launch=launch)
+
+
+# -- decode ---------------------------------------------------------------------------------------
+
+
+async def decode(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: Sequence[int]) -> int:
+    """Asks for so many tokens of each prompt, all at once; returns how many came."""
+
+    async def one(session: aiohttp.ClientSession, number: int) -> int:
+        sampling = {"max_new_tokens": num_tokens[number], "temperature": 1.0, "ignore_eos": True}
+        body = {"input_ids": list(prompts[number]), "return_logprob": True, "sampling_params": sampling}
+        async with session.post(f"{engine.url}/generate", json=body, headers=engine._headers) as response:
+            answer = json.loads(await response.text())
+        return len(answer["meta_info"]["output_token_logprobs"])
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        return sum(await asyncio.gather(*(one(session, number) for number in range(len(prompts)))))
+
+
+def small_model(folder: Path) -> None:
+    """Random weights in Qwen2's form, and the toy policy's tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config)
+    print(f"a Qwen2 of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights")
+    model.save_pretrained(folder)
+    for file in TOY_POLICY.glob("*token*"):
+        shutil.copy(file, folder)
+
+
+def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
+    small_model(work / "model")
+    hf = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    most = max(parsed.together)
+    with (
+        our_engine(work / "model", work / "ours.log", max_running=most) as ours,
+        stock_engine(work / "model", work / "stock.log", max_running=most, port=parsed.port) as stock,
+    ):
+        for engine in (ours, stock):
+            engine.wait_until_ready(timeout_s=300)
+            os.killpg(processes_of(engine), signal.SIGSTOP)
+        rows = []
+        for together in parsed.together:
+            seconds: dict[str, list[float]] = {"ours": [], "stock SGLang": [], "HuggingFace generate": []}
+            for repeat in range(parsed.repeats + 1):
+                dice = random.Random(repeat)  # new prompts, so that no prefix is cached
+                prompts = [[dice.randrange(3, 400) for _ in range(PROMPT_TOKENS)] for _ in range(together)]
+
+                def on(engine: Engine, prompts: list[list[int]] = prompts) -> Callable[[], int]:
+                    return lambda: asyncio.run(decode(engine, prompts, [NEW_TOKENS] * len(prompts)))
+
+                def generate(prompts: list[list[int]] = prompts) -> int:
+                    ids = torch.tensor(prompts)
+                    sampling = {"do_sample": True, "top_k": 0, "min_new_tokens": NEW_TOKENS}
+                    with torch.inference_mode():
+                        out = hf.generate(
+                            ids,
+                            attention_mask=torch.ones_like(ids),
+                            max_new_tokens=NEW_TOKENS,
+                            pad_token_id=0,
+                            output_logits=True,
+                            return_dict_in_generate=True,
+                            **sampling,
+                        )
+                    return out.sequences[:, ids.shape[1] :].numel()
+
+                for name, work_of, engine in (
+                    ("ours", on(ours), ours),
+                    ("stock SGLang", on(stock), stock),
+                    ("HuggingFace generate", generate, None),
+                ):
+                    with running(engine) if engine else contextlib.nullcontext():
+                        started = time.perf_counter()
+                        tokens = work_of()
+                        taken = time.perf_counter() - started
+                    assert tokens == NEW_TOKENS * together, (name, tokens)
+                    if repeat:  # the first one warms up
+                        seconds[name].append(taken)
+            row: dict[str, Any] = {"requests": together, "new_tokens": NEW_TOKENS, "prompt_tokens": PROMPT_TOKENS}
+            for name, taken_s in seconds.items():
+                row[name] = round(together * NEW_TOKENS / statistics.median(taken_s))
+            for name in list(seconds)[1:]:
+                row[f"ours over {name}"] = median_ratio(seconds[name], seconds["ours"])
+            rows.append(row)
+            print(f"{together} requests: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        for engine in (ours, stock):
+            os.killpg(processes_of(engine), signal.SIGCONT)
+    return {"decode": rows}
+
+
+def median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Of the pairs that ran one after the other: the machine's speed drifts."""
+    return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 2)
+
+
+# -- search ---------------------------------------------------------------------------------------
+
+
+async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> int:
+    """The same tokens from the same contexts, turn after turn of each trajectory; nothing is parsed or searched."""
+
+    async def one(session: aiohttp.ClientSession, trajectory: Trajectory) -> int:
+        context = list(trajectory.prompt_ids)
+        tokens = 0
+        for span in trajectory.spans:
+            if span.author == "policy" and span.token_ids:
+                sampling = {"max_new_tokens": len(span.token_ids), "temperature": 1.0, "ignore_eos": True}
+                body = {"input_ids": context, "return_logprob": True, "sampling_params": sampling}
+                async with session.post(f"{engine.url}/generate", json=body, headers=engine._headers) as response:
+                    answer = json.loads(await response.text())
+                tokens += len(answer["meta_info"]["output_token_logprobs"])
+            context = [*context, *span.token_ids]
+        return tokens
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        return sum(await asyncio.gather(*(one(session, trajectory) for trajectory in trajectories)))
+
+
+def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
+    world = work / "world"
+    make_world(world, seed=0)
+    config = load_config(
+        str(ROOT / "configs/quickstart.yaml"),
+        [
+            f"run.out={work / 'run'}",
+            f"model.path={TOY_POLICY}",
+            f"retriever.corpus={world / 'corpus.jsonl'}",
+            f"retriever.index={world / 'index'}",
+        ],
+    )
+    questions = load_questions(str(world / "train.jsonl"))
+    rows = []
+    with (
+        our_engine(TOY_POLICY, work / "engine.log", max_running=max(parsed.together)) as engine,
+        contextlib.ExitStack() as stack,
+    ):
+        retriever = start_retriever(config, log_dir=work, stack=stack)
+        engine.wait_until_ready(timeout_s=300)
+        tokenizer = load_tokenizer(TOY_POLICY, config.prompt)
+        hf = AutoModelForCausalLM.from_pretrained(TOY_POLICY, dtype=torch.float32).eval()
+        for together in parsed.together:
+            seconds: dict[str, list[float]] = {"ours": [], "HuggingFace loop": [], "the engine alone": []}
+            counts: dict[str, list[int]] = {"ours": [], "HuggingFace loop": []}
+            samples = 4
+            for repeat in range(parsed.repeats + 1):
+                asked = random.Random(repeat).sample(questions, together // samples)
+                client = make_retriever_client(config, retriever)
+                sampler = Sampler(
+                    fleet=Fleet([engine]),
+                    retriever=client,
+                    tokenizer=tokenizer,
+                    rollout=config.rollout,
+                    prompt=config.prompt,
+                )
+                starts = sampler.starts(asked)
+                engine.flush_cache()
+                started = time.perf_counter()
+                groups = sampler.sample(Rollouts(starts, samples), temperature=1.0, seed=repeat)
+                ours_s = time.perf_counter() - started
+                trajectories = [t for group in groups for t in group.trajectories]
+                engine.flush_cache()
+                started = time.perf_counter()
+                raw_tokens = asyncio.run(replay(engine, trajectories))
+                raw_s = time.perf_counter() - started
+                own = sum(t.num_policy_tokens for t in trajectories)
+                assert raw_tokens >= own
+                with stopped(engine):
+                    longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
+                    loop = TurnLoop(hf, config, client, most_new_tokens=longest)
+                    started = time.perf_counter()
+                    theirs = loop.run([start.prompt_ids for start in starts for _ in range(samples)])
+                    loop_s = time.perf_counter() - started
+                if repeat:
+                    for name, taken in zip(seconds, (ours_s, loop_s, raw_s), strict=True):
+                        seconds[name].append(taken)
+                    counts["ours"].append(own)
+                    counts["HuggingFace loop"].append(sum(t.num_policy_tokens for t in theirs))
+            row: dict[str, Any] = {"trajectories": together}
+            for name, taken_s in seconds.items():
+                row[f"trajectories/s, {name}"] = round(together / statistics.median(taken_s), 1)
+            row["policy tokens/s, ours"] = round(statistics.median(counts["ours"]) / statistics.median(seconds["ours"]))
+            row["policy tokens"] = counts
+            row["ours over HuggingFace loop"] = median_ratio(seconds["HuggingFace loop"], seconds["ours"])
+            row["ours over the engine alone"] = median_ratio(seconds["the engine alone"], seconds["ours"])
+            rows.append(row)
+            print(f"{together} trajectories: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return {"search": rows}
+
+
+@contextlib.contextmanager
+def stopped(engine: Engine) -> Iterator[None]:
+    os.killpg(processes_of(engine), signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.killpg(processes_of(engine), signal.SIGCONT)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("decode", "search"))
+    parser.add_argument("--together", type=int, nargs="+", default=[64, 128], help="requests or trajectories at once")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--port", type=int, default=31377, help="of the stock server")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parsed = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = {"decode": bench_decode, "search": bench_search}[parsed.kind](parsed, Path(folder))
+    if parsed.out:
+        parsed.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
