@@ -2,13 +2,15 @@
 
     python tools/bench/rollout.py decode    tokens a second of the engine alone: every request decodes as many tokens
                                             as every other, beside SGLang without our kernels and HuggingFace generate
+    python tools/bench/rollout.py turns     trajectories a second of engines alone, with uneven turns and passages as in
+                                            the paper's task: ours, stock, and HuggingFace generate, turn by turn,
+                                            which reads every context again and waits for the longest
     python tools/bench/rollout.py search    trajectories a second with the retriever: our sampler and engine, beside a
                                             HuggingFace generate loop over turns, and beside the engine alone, which is
                                             asked for the same tokens of the same contexts and never searches
 
-`decode` takes a Qwen2 of 2.8 million random weights, which is small enough that a CPU's time goes where a GPU's would:
-into everything but matrix products. `search` takes the shipped toy policy in its world. One thread each. What is idle
-is stopped (SIGSTOP). Prints medians and ratios, and JSON as the last line.
+`decode` and `turns` take a Qwen2 of 3.1 million random weights, `search` the shipped toy policy in its world. One
+thread each. What is idle is stopped (SIGSTOP). Prints medians and ratios, and JSON as the last line.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -33,7 +36,15 @@ from typing import Any
 import aiohttp
 import torch
 from hf_loop import TOY_POLICY, TurnLoop
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from searche1.config import load_config
 from searche1.data import load_questions
@@ -43,7 +54,7 @@ from searche1.rollout.engine import Engine, start_engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
 from searche1.rollout.servers import make_retriever_client, start_retriever
-from searche1.types import Trajectory
+from searche1.types import Question, Span, Trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 64
@@ -228,6 +239,115 @@ async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> int:
         return sum(await asyncio.gather(*(one(session, trajectory) for trajectory in trajectories)))
 
 
+class Deck:
+    """Questions in random order, each dealt once."""
+
+    def __init__(self, questions: list[Question]) -> None:
+        self._left = random.Random(0).sample(questions, len(questions))
+
+    def pop(self, count: int) -> list[Question]:
+        dealt, self._left = self._left[:count], self._left[count:]
+        assert len(dealt) == count, "no questions are left; lower --repeats"
+        return dealt
+
+
+# -- turns ----------------------------------------------------------------------------------------
+
+
+def draw_script(dice: random.Random) -> Trajectory:
+    """A prompt of 200 tokens, one to four turns of about 30 and at most 100, observations of 150: lengths of the
+    paper's task at a quarter of its scale, and as uneven.
+    """
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(dice.randrange(3, 400) for _ in range(count))
+
+    spans = []
+    for turn in range(num_turns := dice.randint(1, 4)):
+        tokens = ids(min(100, max(1, round(dice.lognormvariate(math.log(30), 0.7)))))
+        spans.append(Span("policy", "search", tokens, (0.0,) * len(tokens), ""))
+        if turn < num_turns - 1:
+            spans.append(Span("environment", "information", ids(150), (), ""))
+    return Trajectory(ids(200), tuple(spans), "answered")
+
+
+def lock_step(model: PreTrainedModel, scripts: Sequence[Trajectory]) -> int:
+    """HuggingFace generate, turn by turn over all that still run: a batch is as long as its longest turn."""
+    contexts = [list(script.prompt_ids) for script in scripts]
+    tokens = 0
+    for turn in range(4):
+        running = [k for k, script in enumerate(scripts) if len(script.spans) > 2 * turn]
+        if not running:
+            break
+        width = max(len(contexts[k]) for k in running)
+        ids = torch.tensor([[0] * (width - len(contexts[k])) + contexts[k] for k in running])
+        mask = torch.tensor([[0] * (width - len(contexts[k])) + [1] * len(contexts[k]) for k in running])
+        wanted = torch.tensor([len(scripts[k].spans[2 * turn].token_ids) for k in running])
+
+        class HasAll(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, scores: Any, wanted=wanted, width=width, **_: Any) -> Tensor:
+                return input_ids.shape[1] - width >= wanted
+
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                eos_token_id=None,
+                pad_token_id=0,
+                max_new_tokens=int(wanted.max()),
+                stopping_criteria=StoppingCriteriaList([HasAll()]),
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        for k in running:
+            policy, *observed = scripts[k].spans[2 * turn : 2 * turn + 2]
+            contexts[k] += [*policy.token_ids, *(observed[0].token_ids if observed else ())]
+            tokens += len(policy.token_ids)
+    return tokens
+
+
+def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
+    small_model(work / "model")
+    hf = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
+    most = max(parsed.together)
+    rows = []
+    with (
+        our_engine(work / "model", work / "ours.log", max_running=most) as ours,
+        stock_engine(work / "model", work / "stock.log", max_running=most, port=parsed.port) as stock,
+    ):
+        for engine in (ours, stock):
+            engine.wait_until_ready(timeout_s=300)
+            os.killpg(processes_of(engine), signal.SIGSTOP)
+        for together in parsed.together:
+            seconds: dict[str, list[float]] = {"ours": [], "stock SGLang": [], "HuggingFace loop": []}
+            for repeat in range(parsed.repeats + 1):
+                dice = random.Random(1000 * together + repeat)
+                scripts = [draw_script(dice) for _ in range(together)]
+                wanted = sum(script.num_policy_tokens for script in scripts)
+                for name, engine in (("ours", ours), ("stock SGLang", stock), ("HuggingFace loop", None)):
+                    with running(engine) if engine else contextlib.nullcontext():
+                        if engine:
+                            engine.flush_cache()
+                        started = time.perf_counter()
+                        tokens = asyncio.run(replay(engine, scripts)) if engine else lock_step(hf, scripts)
+                        taken = time.perf_counter() - started
+                    assert tokens == wanted, (name, tokens, wanted)
+                    if repeat:
+                        seconds[name].append(taken)
+            row: dict[str, Any] = {"trajectories": together}
+            for name, taken_s in seconds.items():
+                row[f"trajectories/s, {name}"] = round(together / statistics.median(taken_s), 2)
+            for name in list(seconds)[1:]:
+                row[f"ours over {name}"] = median_ratio(seconds[name], seconds["ours"])
+            rows.append(row)
+            print(f"{together} trajectories: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        for engine in (ours, stock):
+            os.killpg(processes_of(engine), signal.SIGCONT)
+    return {"turns": rows}
+
+
 def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     world = work / "world"
     make_world(world, seed=0)
@@ -240,7 +360,7 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             f"retriever.index={world / 'index'}",
         ],
     )
-    questions = load_questions(str(world / "train.jsonl"))
+    questions = Deck(load_questions(str(world / "train.jsonl")))
     rows = []
     with (
         our_engine(TOY_POLICY, work / "engine.log", max_running=max(parsed.together)) as engine,
@@ -255,7 +375,8 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             counts: dict[str, list[int]] = {"ours": [], "HuggingFace loop": []}
             samples = 4
             for repeat in range(parsed.repeats + 1):
-                asked = random.Random(repeat).sample(questions, together // samples)
+                # Questions nobody has asked before: the retriever remembers answers.
+                asked, others = (questions.pop(together // samples) for _ in range(2))
                 client = make_retriever_client(config, retriever)
                 sampler = Sampler(
                     fleet=Fleet([engine]),
@@ -280,6 +401,7 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                     longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
                     loop = TurnLoop(hf, config, client, most_new_tokens=longest)
                     started = time.perf_counter()
+                    starts = sampler.starts(others)
                     theirs = loop.run([start.prompt_ids for start in starts for _ in range(samples)])
                     loop_s = time.perf_counter() - started
                 if repeat:
@@ -308,9 +430,12 @@ def stopped(engine: Engine) -> Iterator[None]:
         os.killpg(processes_of(engine), signal.SIGCONT)
 
 
+BENCHES = {"decode": bench_decode, "turns": bench_turns, "search": bench_search}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("decode", "search"))
+    parser.add_argument("kind", choices=BENCHES)
     parser.add_argument("--together", type=int, nargs="+", default=[64, 128], help="requests or trajectories at once")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--port", type=int, default=31377, help="of the stock server")
@@ -318,7 +443,7 @@ def main() -> int:
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = {"decode": bench_decode, "search": bench_search}[parsed.kind](parsed, Path(folder))
+        result = BENCHES[parsed.kind](parsed, Path(folder))
     if parsed.out:
         parsed.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
