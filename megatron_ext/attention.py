@@ -22,7 +22,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 
 MOST_PADDED_TOKENS = 4096  # of short sequences that are attended to in one call
 
@@ -50,6 +49,17 @@ def together(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
         else:
             parts.append([length])
     return parts
+
+
+def padding(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where sequences that are padded to the longest come from, and where they are then: int64 [n * longest], [T].
+
+    Padding repeats a sequence's last token; nobody looks at it, so its gradient is zero.
+    """
+    size = torch.tensor(lengths)[:, None]
+    columns = torch.arange(max(lengths))
+    starts = size.cumsum(0) - size
+    return (starts + columns.minimum(size - 1)).flatten(), (columns < size).flatten().nonzero()[:, 0]
 
 
 class PackedSelfAttention(torch.nn.Module):
@@ -93,13 +103,13 @@ class PackedSelfAttention(torch.nn.Module):
         start = 0
         for lengths in together(bounds.diff().tolist(), max_tokens=MOST_PADDED_TOKENS):
             part = slice(start, start := start + sum(lengths))
-            alone = len(lengths) == 1  # and so no copy
-            q, k, v = (
-                x[None, part] if alone else pad_sequence(x[part].split(lengths), batch_first=True)
-                for x in (query, key, value)
-            )
+            if len(lengths) == 1:  # and so no copy
+                outputs.append(self._attend(query[None, part], key[None, part], value[None, part], is_causal=True)[0])
+                continue
+            padded, kept = (index.to(query.device) for index in padding(lengths))
+            q, k, v = (x[part].index_select(0, padded).unflatten(0, (len(lengths), -1)) for x in (query, key, value))
             attended = self._attend(q, k, v, is_causal=True)  # no token sees the padding, which is behind it
-            outputs += [row[:length] for row, length in zip(attended, lengths, strict=True)]
+            outputs.append(attended.flatten(0, 1).index_select(0, kept))
         return torch.cat(outputs).flatten(1)
 
     def _of_this_context_rank(

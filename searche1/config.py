@@ -82,7 +82,7 @@ class TrainConfig:
     offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), always or never
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
-    logits_chunk: int = 2048  # rows per language-model-head chunk, unless materialized; bounds logit memory
+    logits_chunk: int = 2048  # rows of the head at once, unless materialized (fewer on a CPU); bounds logit memory
     timeout_s: float = 1800.0  # how long ranks wait for one another without a sign of progress
     keep_last: int = 2  # checkpoints of a round that are kept, beside the one with the best score
     keep_every: int = 0  # also keep those of every so many steps; 0: none

@@ -54,6 +54,9 @@ from searche1.types import SharedError, UserError
 LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
 
 
+MOST_LOGITS_ON_CPU = 1 << 24  # of a chunk, over all ranks
+
+
 def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
     """Raises UserError if the checkpoint's architecture is unknown or the layout cannot hold it. Loads no weights."""
     try:
@@ -126,6 +129,9 @@ class Policy:
             attach_adapters(self._model, self.shape, lora, layout)
         self._lora = lora
         self._shard = vocab_shard(self.shape, layout)
+        self._chunk = train.logits_chunk
+        if layout.device.type == "cpu":  # where larger products are no faster
+            self._chunk = min(self._chunk, max(64, MOST_LOGITS_ON_CPU // self.shape.vocab_size))
         self._ddp = None
         self._on_host: dict[str, HostOffload] = {}
         self._writer = CheckpointWriter()
@@ -154,7 +160,7 @@ class Policy:
             self._shard,
             row_loss,
             mode=self._train.loss_mode,
-            chunk=self._train.logits_chunk,
+            chunk=self._chunk,
             temperature=temperature,
         )
 
@@ -170,7 +176,7 @@ class Policy:
             row_weights.to(student.device),
             kl_clip=kl_clip,
             mode=self._train.loss_mode,
-            chunk=self._train.logits_chunk,
+            chunk=self._chunk,
             temperature=temperature,
         )
 
@@ -187,7 +193,7 @@ class Policy:
                 batches[index].targets.to(hidden.device),
                 self._shard,
                 temperature=temperature,
-                chunk=self._train.logits_chunk,
+                chunk=self._chunk,
             )
             return hidden.new_zeros(()), found.logprobs
 

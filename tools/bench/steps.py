@@ -231,6 +231,7 @@ def bench_train(bench: Bench) -> dict[str, Any]:
         prompt = tuple(dice.randrange(shape.vocab_size) for _ in range(len(student.prompt_ids) + 1500))
         pairs.append(
             TrainedPair(
+                question=group.question.key,
                 student=Sample(student.prompt_ids, student.response_ids, student.policy_mask),
                 teacher=Sample(prompt, student.response_ids, student.policy_mask),
             )
