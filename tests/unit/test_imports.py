@@ -48,7 +48,7 @@ STRANGERS = ({"grpo", "opsd"}, {"policy", "rollout"})  # same layer, yet neither
 HOMES = {
     "megatron": ("megatron_ext/", "tools/bench/"),  # a benchmark measures ours beside it
     "transformer_engine": ("megatron_ext/",),
-    "sglang": ("searche1/rollout/",),
+    "sglang": ("searche1/rollout/", "tools/bench/stock_server.py"),
     "faiss": ("searche1/retrieval/index.py", "tools/"),
 }
 TORCH_FREE = ("types", "tags", "prompts", "rewards", "data", "config", "retrieval.client", "rollout.protocol")
