@@ -8,6 +8,7 @@ detokenizer included. On a machine with CUDA this one steps aside.
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch  # SGLang has imported it before it looks for plugins, and these three modules too
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -15,6 +16,8 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 from searche1.rollout.torchvision_stub import stub_torchvision
+
+logger = logging.getLogger(__name__)
 
 
 def activate() -> str | None:
@@ -76,5 +79,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         sampler.multinomial_with_seed = engine_ops.seeded_multinomial if is_native else seeded_multinomial
         if is_native:
             engine_ops.register()
+        else:
+            logger.warning("plain PyTorch, which is slower, instead of C++ kernels: %s", engine_ops.library())
         # The other half of deterministic inference replaces matrix products by Triton kernels.
         batch_invariant_ops.enable_batch_invariant_mode = lambda: None

@@ -23,11 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpu_engine import cpu_engine
 from hf_loop import TOY_POLICY
 
 from searche1.quickstart import make_world
 from searche1.retrieval.launch import launch_retriever
-from searche1.rollout.engine import Engine, start_engine
+from searche1.rollout.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("sync", "rollout", "train")
@@ -36,20 +37,7 @@ PHASES = ("sync", "rollout", "train")
 @contextlib.contextmanager
 def engine_for(model: Path, work: Path) -> Iterator[list[str]]:
     """Settings that name an engine which is up."""
-    with start_engine(
-        model_path=model,
-        device="cpu",
-        dtype="float32",
-        tensor=1,
-        port=0,
-        seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=60_000,
-        max_running=128,
-        context_length=1000,
-        attention_backend="",
-        log_path=work / "engine.log",
-    ) as engine:
+    with cpu_engine(model, work / "engine.log") as engine:
         engine.wait_until_ready(timeout_s=300)
         yield settings_of(engine, work)
 

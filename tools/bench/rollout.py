@@ -23,18 +23,18 @@ import math
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import torch
+from cpu_engine import cpu_engine, go_on, running, stop, stopped
 from hf_loop import TOY_POLICY, TurnLoop
 from torch import Tensor
 from transformers import (
@@ -50,7 +50,7 @@ from searche1.config import load_config
 from searche1.data import load_questions
 from searche1.models import load_tokenizer
 from searche1.quickstart import make_world
-from searche1.rollout.engine import Engine, start_engine
+from searche1.rollout.engine import Engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
 from searche1.rollout.servers import make_retriever_client, start_retriever
@@ -59,42 +59,6 @@ from searche1.types import Question, Span, Trajectory
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 64
 PROMPT_TOKENS = 16
-
-
-# -- servers that can stand still -----------------------------------------------------------------
-
-
-def processes_of(engine: Engine) -> int:
-    """The process group of a server that we started."""
-    assert engine._process is not None
-    return engine._process.pid
-
-
-@contextlib.contextmanager
-def running(engine: Engine) -> Iterator[None]:
-    """Lets a stopped server run meanwhile."""
-    os.killpg(processes_of(engine), signal.SIGCONT)
-    try:
-        yield
-    finally:
-        os.killpg(processes_of(engine), signal.SIGSTOP)
-
-
-def our_engine(model: Path, log: Path, *, max_running: int) -> Engine:
-    return start_engine(
-        model_path=model,
-        device="cpu",
-        dtype="float32",
-        tensor=1,
-        port=0,
-        seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=60_000,
-        max_running=max_running,
-        context_length=1000,
-        attention_backend="",
-        log_path=log,
-    )
 
 
 def stock_engine(model: Path, log: Path, *, max_running: int, port: int) -> Engine:
@@ -156,12 +120,12 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     hf = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
     most = max(parsed.together)
     with (
-        our_engine(work / "model", work / "ours.log", max_running=most) as ours,
+        cpu_engine(work / "model", work / "ours.log", max_running=most) as ours,
         stock_engine(work / "model", work / "stock.log", max_running=most, port=parsed.port) as stock,
     ):
         for engine in (ours, stock):
             engine.wait_until_ready(timeout_s=300)
-            os.killpg(processes_of(engine), signal.SIGSTOP)
+            stop(engine)
         rows = []
         for together in parsed.together:
             seconds: dict[str, list[float]] = {"ours": [], "stock SGLang": [], "HuggingFace generate": []}
@@ -207,7 +171,7 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows.append(row)
             print(f"{together} requests: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         for engine in (ours, stock):
-            os.killpg(processes_of(engine), signal.SIGCONT)
+            go_on(engine)
     return {"decode": rows}
 
 
@@ -314,12 +278,12 @@ def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     most = max(parsed.together)
     rows = []
     with (
-        our_engine(work / "model", work / "ours.log", max_running=most) as ours,
+        cpu_engine(work / "model", work / "ours.log", max_running=most) as ours,
         stock_engine(work / "model", work / "stock.log", max_running=most, port=parsed.port) as stock,
     ):
         for engine in (ours, stock):
             engine.wait_until_ready(timeout_s=300)
-            os.killpg(processes_of(engine), signal.SIGSTOP)
+            stop(engine)
         for together in parsed.together:
             seconds: dict[str, list[float]] = {"ours": [], "stock SGLang": [], "HuggingFace loop": []}
             for repeat in range(parsed.repeats + 1):
@@ -344,7 +308,7 @@ def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows.append(row)
             print(f"{together} trajectories: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         for engine in (ours, stock):
-            os.killpg(processes_of(engine), signal.SIGCONT)
+            go_on(engine)
     return {"turns": rows}
 
 
@@ -363,7 +327,7 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     questions = Deck(load_questions(str(world / "train.jsonl")))
     rows = []
     with (
-        our_engine(TOY_POLICY, work / "engine.log", max_running=max(parsed.together)) as engine,
+        cpu_engine(TOY_POLICY, work / "engine.log", max_running=max(parsed.together)) as engine,
         contextlib.ExitStack() as stack,
     ):
         retriever = start_retriever(config, log_dir=work, stack=stack)
@@ -419,15 +383,6 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             rows.append(row)
             print(f"{together} trajectories: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return {"search": rows}
-
-
-@contextlib.contextmanager
-def stopped(engine: Engine) -> Iterator[None]:
-    os.killpg(processes_of(engine), signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.killpg(processes_of(engine), signal.SIGCONT)
 
 
 BENCHES = {"decode": bench_decode, "turns": bench_turns, "search": bench_search}
