@@ -75,9 +75,10 @@ die_with_log() {
 }
 
 install_torch_cpu() { # $1: the pinned requirement
-    pip_install 1 "$1" && return
-    say "  pip's own sources have no $1; taking it from PyTorch's CPU index"
-    pip_install 1 --index-url https://download.pytorch.org/whl/cpu "$1" ||
+    sed -n '/^torch==/,/[^\\]$/p' "$lock" >"$venv/torch.txt" # with its hash
+    pip_install 1 -r "$venv/torch.txt" && return
+    say "  pip's own sources have no $1 of the right hash; taking it from PyTorch's CPU index"
+    pip_install 1 --index-url https://download.pytorch.org/whl/cpu -r "$venv/torch.txt" ||
         die_with_log "could not install $1: neither pip's configured sources nor PyTorch's CPU index gave it"
 }
 
@@ -96,7 +97,7 @@ install_packages() {
     echo '*' >"$venv/.gitignore"
     "$python" -m venv "$venv" >"$log" 2>&1 ||
         die_with_log "$python cannot make a virtual environment (on Debian and Ubuntu: apt-get install python$version-venv)"
-    torch=$(grep '^torch==.*+cpu$' "$lock" || true)
+    torch=$(grep -o '^torch==[^ ]*+cpu' "$lock" || true)
     if [ -n "$torch" ]; then install_torch_cpu "$torch"; fi
     pip_install "$num_packages" -r "$lock" || die_with_log "could not install $lock_name"
 }
@@ -137,7 +138,7 @@ log=$venv/install.log
 # The stamp holds what was installed, one line for the packages and one for the project, written when each is complete:
 # after an interruption or a change the part without its line is done again.
 stamp=$venv/.searche1
-packages_line="packages $({ printf '%s\n' "$root" "$venv" && grep '^[A-Za-z]' "$lock"; } | sha256sum | cut -c1-16)"
+packages_line="packages $({ printf '%s\n' "$root" "$venv" && grep -v '^#' "$lock"; } | sha256sum | cut -c1-16)"
 sources=("$root/setup.py" "$root"/megatron_ext/*.h "$root"/megatron_ext/*/*.cpp "$root"/searche1/*/*.cpp)
 project_line="project $(cat "${sources[@]}" | sha256sum | cut -c1-16)"
 
