@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from searche1.runs import atomic_path
-from searche1.types import Group, Question, UserError, group_from_json, group_to_json
+from searche1.types import Group, Question, UserError, group_from_json
 
 JSONL_KEYS = ("id", "question", "golden_answers", "data_source")
 PARQUET_COLUMNS = ("data_source", "question", "reward_model", "extra_info")
@@ -196,7 +196,7 @@ def write_groups(path: str | Path, groups: Iterable[Group]) -> None:
         if _is_gzip(path):  # no name and no time in the header: equal groups give equal checksums
             stream = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0))
         for group in groups:
-            stream.write((json.dumps(group_to_json(group)) + "\n").encode())
+            stream.write((json.dumps(group, default=vars) + "\n").encode())
 
 
 def read_groups(path: str | Path) -> list[Group]:

@@ -6,7 +6,7 @@ what a person reads; ids are converted once, where they are sampled or observed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Author = Literal["policy", "environment"]
@@ -127,11 +127,6 @@ class Group:
         assert len(self.trajectories) == len(self.rewards)
 
 
-def group_to_json(group: Group) -> dict[str, Any]:
-    """Plain JSON of a group, the inverse of `group_from_json`."""
-    return asdict(group)
-
-
 def question_from_json(row: dict[str, Any]) -> Question:
     return Question(id=str(row["id"]), text=row["text"], answers=tuple(row["answers"]), source=row["source"])
 
@@ -145,6 +140,7 @@ def trajectory_from_json(row: dict[str, Any]) -> Trajectory:
 
 
 def group_from_json(row: dict[str, Any]) -> Group:
+    """The inverse of `json.dumps(group, default=vars)`."""
     return Group(
         question=question_from_json(row["question"]),
         trajectories=tuple(trajectory_from_json(t) for t in row["trajectories"]),

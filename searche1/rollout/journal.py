@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -46,7 +46,7 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         """Takes a finished trajectory. Raises UserError when the disk does not."""
-        self._waiting.append((json.dumps(asdict(entry)) + "\n").encode())
+        self._waiting.append((json.dumps(entry, default=vars) + "\n").encode())
         if len(self._waiting) >= MEMBER_TRAJECTORIES or self._clock() - self._written_at >= MEMBER_AGE_S:
             self.flush()
 
