@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
     spent: dict[str, list[float]] = {name: [] for name in CLOCKED}
-    # Not at the top: processes that the run spawns import this file, which must cost them no more than the command does.
+    # Not at the top: processes that the run spawns import this file, at no more cost than the command's own.
     for name, (module, kind, methods) in CLOCKED.items():
         clock(getattr(importlib.import_module(module), kind), methods, spent[name])
     searche1 = importlib.import_module("searche1.cli").main
