@@ -4,9 +4,9 @@
     python tools/torture.py --kills 100
 
 Each run is one cycle on the toy world. At random moments its driver, engine, retriever or (with --ranks 2) one rank
-gets SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C; the same command is called again until
-the run is finished. Final weights must then have the same bits as those of the undisturbed run, and summary.json the
-same numbers, seconds aside. No process may be left over.
+gets SIGKILL, the engine SIGSTOP, so that it hangs, the driver SIGTERM or Ctrl-C, or the wall clock of all processes
+jumps by a day; the same command is called again until the run is finished. Final weights must then have the bits of
+the undisturbed run, and summary.json the same numbers, seconds aside. No process may be left over.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -54,8 +55,10 @@ ENDS = {
     "hanging engine": (),
     "retriever": (),
     "rank": (),
+    "clock": (),
 }
 MARK = "SEARCHE1_TORTURE"  # in the environment of every process of a run
+DAY_S = 86400
 MOST_CALLS = 40  # of one run: more means that it gets nowhere
 
 
@@ -85,11 +88,13 @@ def main() -> int:
     for name, most in (("train", 200), ("validation", 24), ("test", 40)):
         file = world / f"{name}.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:most]))
-    reference = run_to_end(arguments.out / "undisturbed", world, arguments.ranks, victims=[], generator=generator)
+    clock = JumpingClock(arguments.out)
+    start = Start(world, arguments.ranks, clock)
+    reference = run_to_end(arguments.out / "undisturbed", start, victims=[], generator=generator)
     print(f"undisturbed run: {reference.seconds:.0f} s, EMs {ems(reference.result)}", flush=True)
-    kinds = ["driver", "engine", "hanging engine", "retriever", "SIGTERM", "Ctrl-C"]
+    kinds = ["driver", "engine", "hanging engine", "retriever", "SIGTERM", "Ctrl-C", "clock"]
     if arguments.ranks > 1:  # torchrun answers signals with a status of its own, and starts ranks again
-        kinds = ["engine", "retriever", "rank"]
+        kinds = ["engine", "retriever", "rank", "clock"]
     within = 0.6 * reference.seconds  # what is on the disk makes later calls shorter: a moment behind their end is none
     kills: list[str] = []
     runs = same = 0
@@ -99,7 +104,7 @@ def main() -> int:
         victims = generator.sample(kinds, number)  # each kind before any comes again
         runs += 1
         out = arguments.out / f"killed{runs}"
-        ended = run_to_end(out, world, arguments.ranks, victims=victims, generator=generator, within=within)
+        ended = run_to_end(out, start, victims=victims, generator=generator, within=within)
         kills += ended.kills
         if left := left_over():
             sys.exit(f"{out}: processes are left over: {left}")
@@ -122,6 +127,15 @@ def main() -> int:
     return 0 if same == runs else 1
 
 
+@dataclass(frozen=True)
+class Start:
+    """What all runs have in common."""
+
+    world: Path
+    ranks: int
+    clock: JumpingClock
+
+
 def ems(result: dict[str, Any]) -> str:
     return " ".join(f"{stage['em']:.3f}" for stage in result["summary"]["stages"])
 
@@ -139,9 +153,7 @@ def command(out: Path, world: Path, ranks: int) -> list[str]:
     return [sys.executable, "-m", *start, *module]
 
 
-def run_to_end(
-    out: Path, world: Path, ranks: int, *, victims: list[str], generator: random.Random, within: float = 0.0
-) -> Ended:
+def run_to_end(out: Path, start: Start, *, victims: list[str], generator: random.Random, within: float = 0.0) -> Ended:
     """Call the command until it is finished, killing one victim after another on the way."""
     left = list(victims)
     kills: list[str] = []
@@ -149,17 +161,17 @@ def run_to_end(
         began = time.monotonic()
         with open(out.with_suffix(".log"), "ab") as log:
             process = subprocess.Popen(
-                command(out, world, ranks),
+                command(out, start.world, start.ranks),
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: str(os.getpid()), **start.clock.environment},
                 start_new_session=True,
             )
         while process.poll() is None and left:
             moment = time.monotonic() + generator.uniform(0, within)
             while process.poll() is None and time.monotonic() < moment:
                 time.sleep(0.05)
-            if process.poll() is None and kill(left[0], process, out):
+            if process.poll() is None and disturb(left[0], process, start.clock):
                 kills.append(left.pop(0))
         code = process.wait()
         if code == 0:
@@ -177,8 +189,30 @@ def last_error(out: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("searche1: error:")), "")
 
 
-def kill(kind: str, process: subprocess.Popen[bytes], out: Path) -> bool:
-    """SIGKILL to a process of the run; whether there was one."""
+class JumpingClock:
+    """The time of day as the processes of the runs see it: jumping_clock.c, preloaded into them."""
+
+    def __init__(self, folder: Path) -> None:
+        library, self._offset = folder / "jumping_clock.so", folder / "clock_offset"
+        if not library.exists():
+            source = Path(__file__).with_suffix("").with_name("jumping_clock.c")
+            command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+            subprocess.run(command, check=True)
+            self._offset.write_bytes(struct.pack("=q", 0))
+        self.environment = {"LD_PRELOAD": str(library.resolve()), "SEARCHE1_CLOCK": str(self._offset.resolve())}
+
+    def jump(self) -> None:
+        """A day ahead, or back to where it was."""
+        (offset,) = struct.unpack("=q", self._offset.read_bytes())
+        with open(self._offset, "r+b") as file:  # in place: the processes have it mapped
+            file.write(struct.pack("=q", 0 if offset else DAY_S))
+
+
+def disturb(kind: str, process: subprocess.Popen[bytes], clock: JumpingClock) -> bool:
+    """A signal to a process of the run, or a jump of its clock; whether there was such a process."""
+    if kind == "clock":
+        clock.jump()
+        return True
     if kind in SIGNALS:
         process.send_signal(SIGNALS[kind])
         process.wait()
