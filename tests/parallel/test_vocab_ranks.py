@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked_ranks import run_ranks
 from vocab_cases import CUTS, NAMES, ROWS, SIZES, V, case, draw
 
 from megatron_ext.vocab_parallel import (
@@ -103,9 +104,9 @@ def compute(kernels, shard, counted):
     return found, close
 
 
-def one_rank(rank, ranks, folder, kernels):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
+def one_rank(folder, kernels):
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     shard = VocabShard(dist.group.WORLD, rank * SIZES[ranks], SIZES[ranks], V, CUTS)
     counter = Counter()
     results = {name: compute(row_kernels(name), shard, counter.of) for name in kernels}
@@ -122,7 +123,7 @@ def alone():
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_splitting_the_vocabulary_changes_no_bit_of_values_or_gradients(ranks, alone, tmp_path):
-    torch.multiprocessing.spawn(one_rank, args=(ranks, tmp_path, KERNELS), nprocs=ranks)
+    run_ranks(one_rank, ranks, tmp_path, KERNELS)
     parts = [torch.load(tmp_path / f"{ranks}_{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name in KERNELS:
         exact, close = alone[name]
@@ -141,15 +142,14 @@ def test_splitting_the_vocabulary_changes_no_bit_of_values_or_gradients(ranks, a
                 torch.testing.assert_close(whole[:V], values[3][:V], rtol=1e-4, atol=1e-5)
 
 
-def test_with_three_ranks_one_of_which_holds_only_padding(tmp_path):
+def test_with_three_ranks_one_of_which_holds_only_padding():
     """A size the tiles were not made for: the same to rounding."""
-    torch.multiprocessing.spawn(three_ranks, args=(tmp_path,), nprocs=3)
+    run_ranks(three_ranks, 3)
 
 
-def three_ranks(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store3", rank=rank, world_size=3)
-    size = 160
+def three_ranks():
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), 160
     inputs = case("disagreeing")
     cuts = (0, 160, V)
     shard = VocabShard(dist.group.WORLD, rank * size, size, V, cuts)

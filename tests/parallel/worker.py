@@ -1,14 +1,7 @@
-"""One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0.
-
-Run under torchrun: worker.py ROOT OUT_DIR TENSOR PIPELINE SEQUENCE EXPERT CONTEXT MODELS CONVERTED [CONTINUED].
-Each of MODELS (names with commas between) in ROOT/models is trained on, and loaded from ROOT/converted; each of
-CONVERTED is only loaded. OUT_DIR gets a folder of results for each. CONTINUED is the OUT_DIR of another
-layout, whose checkpoints are continued.
-"""
+"""One rank of a layout test: GRPO and OPSD steps on fixed data, results written by rank 0."""
 
 import json
 import random
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -137,24 +130,25 @@ def convert(model: Path, converted: Path, out: Path, layout: Layout) -> None:
     dist_checkpointing.save({"model": built.sharded_state_dict()}, str(out / "resaved"))
 
 
-def main() -> None:
-    root, out = Path(sys.argv[1]), Path(sys.argv[2])
-    tensor, pipeline, sequence, expert = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1", int(sys.argv[6])
-    context = int(sys.argv[7])
-    layout = init_parallel(
-        tensor=tensor, pipeline=pipeline, sequence=sequence, expert=expert, context=context, device="cpu"
-    )
-    trained, only_converted = (words.split(",") if words else [] for words in sys.argv[8:10])
+def run_layout(
+    root: Path,
+    out: Path,
+    sizes: dict[str, int],
+    trained: tuple[str, ...],
+    only_converted: tuple[str, ...],
+    continued: Path | None,
+) -> None:
+    """Train each of `trained` in root/models, and load it and each of `only_converted` from root/converted.
+
+    `out` gets a folder of results for each. `continued` is the `out` of another layout, whose checkpoints go on.
+    """
+    layout = init_parallel(**sizes, device="cpu")
     for name in trained + only_converted:
         model = root / "models" / name
         if name in trained:
-            checkpoint = Path(sys.argv[10]) / name / "checkpoint" if len(sys.argv) > 10 else None
+            checkpoint = continued / name / "checkpoint" if continued else None
             train(model, out / name, layout, checkpoint)
         elif layout.is_writer:
             (out / name).mkdir(parents=True)
         convert(model, root / "converted" / name, out / name, layout)
     close_parallel()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Checkpoints between HuggingFace's format and Megatron's: the same bits there and back, or a message."""
 
 import json
-import multiprocessing
 import pickle
 import random
 import runpy
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import FORKING
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model
@@ -292,11 +292,9 @@ def test_ten_kills_at_random_moments_never_leave_a_folder_that_is_not_whole(dire
     source, out = make_model(tmp_path / "source", "qwen3_moe", tied=False, vocab_size=20_000), tmp_path / "out"
     shape = model_shape(AutoConfig.from_pretrained(source))
     hf_to_megatron(source, tmp_path / "checkpoint", shape)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ext.verify", "transformers.models.qwen3_moe", "pytest"])
 
     def start():
-        process = context.Process(target=convert_once, args=(direction, source, out))
+        process = FORKING.Process(target=convert_once, args=(direction, source, out))
         process.start()
         return process
 
