@@ -10,19 +10,19 @@ import functools
 import hashlib
 import json
 import os
+import pickle
+import queue
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -30,8 +30,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
-
-from megatron_ext.lifetime import die_with_parent
 
 RECORD = "checkpoint.json"
 # Stored per parameter in a canonical shape, so that any tensor, pipeline and data layout can read it.
@@ -177,14 +175,33 @@ def find_damage(folder: Path) -> str:
     return next(filter(None, faults), "")
 
 
+class _Results:
+    """What the forked process of a rank reports, in memory that both have open; Megatron asks for a queue.
+
+    Its own is in a manager's process, which imports torch to read the first report and outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._file = open(os.memfd_create("results"), "w+b", buffering=0)  # noqa: SIM115
+
+    def put(self, results: Any) -> None:
+        self._file.seek(0)
+        self._file.write(pickle.dumps(results))
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        report = self._file.read()
+        self._file.truncate(0)
+        try:
+            return pickle.loads(report)
+        except (EOFError, pickle.UnpicklingError):  # none, or cut
+            raise queue.Empty from None
+
+
 def _use_own_results_queue() -> None:
-    """Writers report through a manager's process. It would outlive a rank that is killed: have it end with the rank."""
     module: Any = filesystem_async
-    if module._results_queue is None:
-        manager = SyncManager(ctx=mp.get_context("spawn"))
-        manager.start(initializer=die_with_parent)
-        module._results_queue = manager.Queue()
-        module._search_e1_manager = manager  # ends when it is collected
+    if not isinstance(module._results_queue, _Results):
+        module._results_queue = _Results()
 
 
 def load_checkpoint(

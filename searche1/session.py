@@ -159,6 +159,7 @@ class Session:
         probe_file = getattr(config.data, needs[0])
         self._probe_ids = self.from_writer(lambda: self._prompts(probe_file))
         stack.callback(end_on_interrupt)  # servers are being stopped then: a second Ctrl-C means it
+        gc.freeze()  # what is here stays: a full collection, which every checkpoint asks for, need not look at it
 
     def _fitted(self, config: Config) -> Config:
         """With what the config leaves to this GPU's memory, or to a CPU that has enough."""

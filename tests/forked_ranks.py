@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -38,6 +39,7 @@ def run_ranks(function: Callable[..., None], count: int, *arguments: Any, timeou
 
 def _rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as a run does
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"}
     function(*arguments)
