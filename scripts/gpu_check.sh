@@ -189,7 +189,7 @@ END
 
 check_losses() {
     local failed=0
-    python3 -m pytest tests/unit/test_vocab_parallel.py -q -k triton || failed=1
+    python3 -m pytest tests/unit/test_vocab_parallel.py tests/unit/test_vocab_parallel_modes.py -q -k triton || failed=1
     bench() { # name of its JSON, then arguments; the last line of the program's output is JSON
         local name=$1
         shift

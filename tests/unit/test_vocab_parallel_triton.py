@@ -19,7 +19,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 def test_the_kernels_stand_up_to_the_same_tests_in_the_interpreter():
     """Triton decides between compiler and interpreter when it is imported, so this takes a process of its own."""
-    tests = [Path(__file__).with_name(f"test_vocab_parallel{part}.py") for part in ("", "_peers")]
+    tests = [Path(__file__).with_name(f"test_vocab_parallel{part}.py") for part in ("", "_modes", "_peers")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -27,7 +27,7 @@ def test_the_kernels_stand_up_to_the_same_tests_in_the_interpreter():
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 90, result.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 80, result.stdout[-500:]
 
 
 ARGUMENTS = {
