@@ -249,11 +249,14 @@ def _quickstart(parsed: argparse.Namespace) -> None:
 
 def _train(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
-    from searche1.cycle import run_cycle, run_single_stage
+    from searche1.rollout.engine_process import import_sglang_early
 
     # The model belongs to the run's settings: another one in the same run directory is refused, not mixed in.
     model = [f"model.path={parsed.model}"] if parsed.kind != "cycle" and parsed.model else []
     config = load_config(parsed.config, parsed.overrides + model)
+    import_sglang_early(config)
+    from searche1.cycle import run_cycle, run_single_stage
+
     if parsed.kind == "cycle":
         run_cycle(config)
     else:
@@ -262,7 +265,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
-    from searche1.evaluation.run import default_out, run_eval
+    from searche1.rollout.engine_process import import_sglang_early
 
     flags = {
         "model.path": parsed.model,
@@ -286,6 +289,9 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"--samples {parsed.samples}: greedy trajectories of a question would all be the same; give --temperature "
             "too, such as 1.0, or leave out --samples"
         )
+    import_sglang_early(config)
+    from searche1.evaluation.run import default_out, run_eval
+
     out = parsed.out
     if not out and not any(override.startswith("run.out=") for override in parsed.overrides):
         out = default_out(config)
@@ -295,7 +301,7 @@ def _eval(parsed: argparse.Namespace) -> None:
 def _play(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
     from searche1.console import open_console
-    from searche1.play import run_play
+    from searche1.rollout.engine_process import import_sglang_early
 
     flags = {
         "run.out": parsed.out,
@@ -305,6 +311,10 @@ def _play(parsed: argparse.Namespace) -> None:
     }
     given = [f"{key}={value}" for key, value in flags.items() if value not in (None, "")]
     config = load_config(parsed.config, given + parsed.overrides)
+    if not parsed.as_policy:
+        import_sglang_early(config)
+    from searche1.play import run_play
+
     run_play(config, open_console(), asked=parsed.question, as_policy=parsed.as_policy)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from searche1.config import load_config
+from searche1.rollout.engine_process import import_sglang_early
 from searche1.types import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -16,9 +17,6 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: str, overrides: Sequence[str]) -> None:
     """Make what is missing, then run the cycle; a finished piece is never made twice."""
-    from searche1.cycle import run_cycle
-    from searche1.session import is_first_process
-
     name = f"quickstart{'-fast' if is_fast else ''}-seed{seed}"
     directory = Path(out) if out else Path("runs") / name
     if is_new and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -42,6 +40,10 @@ def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: 
             *overrides,
         ],
     )
+    import_sglang_early(config)
+    from searche1.cycle import run_cycle
+    from searche1.session import is_first_process
+
     if is_first_process():
         print(f"run directory {directory}", flush=True)
     run_cycle(config, prepare=lambda: make_world(world, seed=seed))

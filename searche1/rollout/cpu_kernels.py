@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,27 @@ def seeded_multinomial(logprobs: torch.Tensor, seeds: torch.Tensor, positions: t
     uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).div_(2.0**53)  # in (0, 1)
     gumbel = uniform.log_().neg_().log_().neg_()
     return gumbel.add_(logprobs).argmax(dim=1, keepdim=True)
+
+
+def filtered_multinomial(
+    draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """`draw`, a seeded multinomial, among each row's top k and top p. probs [B, V] -> ids [B], int32.
+
+    SGLang draws from the sorted row, where noise belongs to ranks instead of ids: one request with a top k, such as a
+    greedy one, then changes what all others of its batch draw.
+    """
+    in_order, ids = probs.sort(dim=-1, descending=True)
+    before = in_order.cumsum(dim=-1).sub_(in_order)
+    ranks = torch.arange(probs.shape[1])
+    in_order.masked_fill_((ranks >= top_ks[:, None]) | (before > top_ps[:, None]), 0.0)
+    kept = torch.empty_like(in_order).scatter_(1, ids, in_order)
+    return draw(kept.double().log_(), seeds, positions).view(-1).to(torch.int32)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's increment; int64 arithmetic wraps around

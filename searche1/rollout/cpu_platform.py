@@ -70,13 +70,25 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         from searche1.rollout import engine_ops
         from searche1.rollout.cpu_attention import BatchedNativeAttention
-        from searche1.rollout.cpu_kernels import seeded_multinomial
+        from searche1.rollout.cpu_kernels import filtered_multinomial, seeded_multinomial
 
         # Under the old name, by which SGLang knows that there is no Triton.
         register_attention_backend("torch_native")(BatchedNativeAttention)
         # Its hash exists in CUDA and in sgl_kernel only.
         is_native = not isinstance(engine_ops.library(), str)
-        sampler.multinomial_with_seed = engine_ops.seeded_multinomial if is_native else seeded_multinomial
+        draw = engine_ops.seeded_multinomial if is_native else seeded_multinomial
+        sampler.multinomial_with_seed = draw
+        in_order_of_rank = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+
+        def sample(  # type: ignore[no-untyped-def]
+            probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **options
+        ):
+            if sampling_seed is None or need_min_p_sampling or any(options.values()):
+                arguments = (probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions)
+                return in_order_of_rank(*arguments, **options)
+            return filtered_multinomial(draw, probs, top_ks, top_ps, sampling_seed, positions)
+
+        sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample
         if is_native:
             engine_ops.register()
         else:

@@ -18,7 +18,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +31,7 @@ import torch
 import torch.multiprocessing  # registers how tensors travel between processes
 
 from megatron_ext.buckets import Bucket
-from megatron_ext.lifetime import die_with_parent
-from searche1.rollout.engine_server import KEY_VARIABLE
+from searche1.rollout.engine_process import engine_environment, start_process
 from searche1.types import Completion, UserError
 
 CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and SGLang's own choice is most of memory
@@ -43,9 +41,8 @@ FLUSH_TIMEOUT_S = 30.0
 HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
+FIRST_TOKEN: dict[str, Any] = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
-
-_TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
 class EngineError(UserError):
@@ -107,13 +104,14 @@ class Engine:
                     continue
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
-                if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
-                    return
+                # Not /health, which looks once a second whether its token has come.
+                if self._http.post(f"{self.url}/generate", json=FIRST_TOKEN, timeout=10).status_code in (200, 401):
+                    return  # 401: up, but `check_key` will have something to say
             except requests.RequestException:
                 pass  # not listening yet
             if progress is not None:
                 progress(waited)
-            time.sleep(0.25)
+            time.sleep(0.1)
         self.stop()
         raise EngineError(
             f"the engine was not ready within {timeout_s:g} s; raise engine.start_timeout_s if it was still loading\n"
@@ -329,7 +327,7 @@ def start_engine(
     kind, _, index = device.partition(":")
     port = _free_port(host, port)
     key = secrets.token_hex(32)  # who may ask it may also give it weights, which are pickles
-    command = [sys.executable, "-m", "searche1.rollout.engine_server", "--model-path", str(model_path)]
+    command = ["--model-path", str(model_path)]
     command += ["--host", host, "--port", str(port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
@@ -366,16 +364,8 @@ def start_engine(
     log_path.write_bytes(b"")
 
     def launch() -> subprocess.Popen[bytes]:
-        with log_path.open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**_environment(kind, host=host, tensor=tensor), KEY_VARIABLE: key},
-                start_new_session=True,  # Ctrl-C reaches us first, and one signal reaches all of its processes
-                preexec_fn=die_with_parent,
-            )
+        environment = engine_environment(kind, host=host, tensor=tensor)
+        return start_process(command, environment=environment, key=key, log_path=log_path)
 
     url = f"http://{host}:{port}"
     return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch, key=key)
@@ -417,30 +407,6 @@ def shared(bucket: Bucket) -> str:
     finally:
         torch.multiprocessing.set_sharing_strategy(sharing)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _environment(kind: str, *, host: str, tensor: int) -> dict[str, str]:
-    # An engine makes process groups of its own: in torchrun's it would wait for the trainer's ranks.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN_PREFIXES)}
-    if kind == "cpu":
-        environment.setdefault("OMP_NUM_THREADS", "1")  # spinning threads on shared cores cost ten times
-        if tensor > 1:
-            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(tensor))
-    # Logprobs of the distribution at temperature 1 whatever the sampling temperature, as Completion promises.
-    environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
-    # Longer than any client keeps an idle connection: one that closes under a request looks like a dead engine.
-    environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "3600"
-    # SGLang's warm-up calls itself and would ask a proxy.
-    environment["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy"), host]))
-    return environment
-
-
-def cores_of_ranks(num_ranks: int) -> str:
-    """SGLang's notation for which cores each rank of an engine uses: a share each, or all where there are fewer."""
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // num_ranks)
-    parts = [cores[rank * share % len(cores) :][:share] for rank in range(num_ranks)]
-    return "|".join(f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _free_port(host: str, port: int) -> int:

@@ -1,20 +1,26 @@
-"""`python -m searche1.rollout.engine_server ARGS` is `python -m sglang.launch_server ARGS` with three differences.
+"""`python -m searche1.rollout.engine_server ARGS` is `python -m sglang.launch_server ARGS` with four differences.
 
 The API key comes in the environment: a command line is there for everybody on the machine to read. And where
 torchvision is absent, as on CPUs, a stub stands in: SGLang 0.5.17 imports it before it looks for platform plugins. Its
 scheduler and detokenizer are spawned, and a spawned process imports the main module first: this one, which puts the
-stub in place there too; and has them end with their parent from their first moment.
+stub in place there too; and has them end with their parent from their first moment. With WAIT as its only argument it
+imports SGLang, and goes on when a line on standard input says with which arguments (engine_process.py).
 """
 
+import importlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import sys
+import tempfile
 
 from megatron_ext.lifetime import die_with_parent, forks_die_with_us, has_ended
 from searche1.rollout.torchvision_stub import stub_torchvision
 
+WAIT = "--wait"
 KEY_VARIABLE = "SEARCHE1_ENGINE_KEY"
 PID_VARIABLE = "SEARCHE1_ENGINE_PID"  # of the process that all others of an engine belong to
 
@@ -24,6 +30,25 @@ def fork_workers() -> None:
     choose = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=force)  # type: ignore[assignment]
     forks_die_with_us()
+
+
+def wait_for_arguments() -> None:
+    """Continues with the line {"arguments", "environment", "log"}. Ends if none comes."""
+    with tempfile.TemporaryFile("w+b") as so_far:
+        for descriptor in (1, 2):
+            os.dup2(so_far.fileno(), descriptor)
+        importlib.import_module("sglang.srt.entrypoints.http_server")
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit()  # the command ended before it needed an engine
+        order = json.loads(line)
+        with open(order["log"], "ab") as log:
+            so_far.seek(0)
+            shutil.copyfileobj(so_far, log)
+            for descriptor in (1, 2):
+                os.dup2(log.fileno(), descriptor)
+    sys.argv[1:] = order["arguments"]
+    os.environ |= order["environment"]
 
 
 if __name__ in ("__main__", "__mp_main__") and importlib.util.find_spec("torchvision") is None:
@@ -36,6 +61,8 @@ if __name__ == "__mp_main__":  # before SGLang does the same, seconds of imports
 
 if __name__ == "__main__":
     os.environ[PID_VARIABLE] = str(os.getpid())
+    if sys.argv[1:] == [WAIT]:
+        wait_for_arguments()
     if "cpu" in sys.argv[1:]:
         fork_workers()
     if key := os.environ.pop(KEY_VARIABLE, ""):

@@ -184,6 +184,18 @@ def test_a_seed_gives_the_same_ids_in_any_company(engine):
     together = complete(engine, prompts, temperature=1.0)
     alone = [complete(engine, [prompt], seed=i)[0] for i, prompt in enumerate(prompts)]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+    async def beside_greedy_ones() -> list[Completion]:
+        settings = {"max_new_tokens": 24, "top_p": 1.0, "stop": ()}
+        async with aiohttp.ClientSession() as session:
+            requests = (
+                engine.generate(session, ids, seed=i, temperature=temperature, **settings)
+                for i, ids in enumerate(prompts)
+                for temperature in (1.0, 0.0)
+            )
+            return (await asyncio.gather(*requests))[::2]
+
+    assert [c.token_ids for c in asyncio.run(beside_greedy_ones())] == [c.token_ids for c in together]
     assert len({c.token_ids for c in complete(engine, [prompts[0]] * 8)}) == 8
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from searche1.rollout.cpu_kernels import attend, chunk_ranges, make_chunks, seeded_multinomial
+from searche1.rollout.cpu_kernels import attend, chunk_ranges, filtered_multinomial, make_chunks, seeded_multinomial
 
 HEAD = 8
 
@@ -67,6 +67,22 @@ def test_a_draw_depends_on_its_own_seed_and_position_only():
     assert torch.equal(seeded_multinomial(logprobs[order], seeds[order], positions[order]), drawn[order])
     assert not torch.equal(seeded_multinomial(logprobs, seeds + 1, positions), drawn)
     assert not torch.equal(seeded_multinomial(logprobs, seeds, positions + 1), drawn)
+
+
+def test_a_row_without_limits_draws_what_it_draws_beside_none_and_a_limited_one_keeps_to_its_limits():
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(500, 40, generator=generator).softmax(-1)
+    seeds, positions = torch.arange(500), torch.arange(500) % 7
+    top_ks, top_ps = torch.full((500,), 2**30), torch.ones(500)
+    top_ks[::5], top_ps[1::5], top_ks[2::5] = 1, 0.5, 3
+    drawn = filtered_multinomial(seeded_multinomial, probs, top_ks, top_ps, seeds, positions)
+    free = seeded_multinomial(probs.double().log(), seeds, positions).view(-1)
+    assert torch.equal(drawn[3::5], free[3::5].int()) and torch.equal(drawn[4::5], free[4::5].int())
+    assert torch.equal(drawn[::5], probs[::5].argmax(-1).int())
+    ranks = (probs > probs.gather(1, drawn.long()[:, None])).sum(1)
+    larger = (probs * (probs > probs.gather(1, drawn.long()[:, None]))).sum(1)
+    assert (ranks[2::5] < 3).all() and ranks[2::5].max() == 2
+    assert (larger[1::5] <= 0.5).all() and larger[1::5].max() > 0.4
 
 
 def test_neighbouring_seeds_and_positions_draw_independently():

@@ -1,0 +1,102 @@
+"""An engine's process that imports SGLang before anybody has arguments for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import POLICY, toy_engine
+
+from megatron_ext.lifetime import has_ended
+from searche1.config import Config, EngineConfig, RunConfig
+from searche1.rollout import engine_process
+from searche1.rollout.engine_process import engine_environment, import_sglang_early, start_process
+
+pytestmark = pytest.mark.slow
+
+ON_CPU = Config(run=RunConfig(device="cpu"))
+
+
+@contextlib.contextmanager
+def early_process() -> Iterator[subprocess.Popen[bytes]]:
+    """In the test itself, as pytest changes the environment between a fixture and a test."""
+    import_sglang_early(ON_CPU)
+    assert engine_process._early is not None
+    process, _ = engine_process._early
+    try:
+        yield process
+    finally:
+        engine_process._early = None
+        process.kill()
+        process.wait()
+
+
+def started(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    process = start_process(["--version"], environment=environment, key="", log_path=folder / "log")
+    process.kill()
+    process.wait()
+    return process
+
+
+def test_the_first_engine_is_the_process_that_has_imported(tmp_path, monkeypatch):
+    log = tmp_path / "engine.log"
+    with early_process() as early:
+        monkeypatch.setenv("SET_BY_A_LIBRARY", "since")
+        with toy_engine(POLICY, log) as engine:
+            assert engine._process is early
+            engine.wait_until_ready(timeout_s=100)
+            assert len(engine.logprobs([[1, 2, 3]])[0]) == 2
+            assert log.read_text()  # what SGLang said before it had this log
+            assert started(tmp_path, dict(os.environ)) is not early
+        assert early.poll() is not None
+
+
+def test_another_environment_gets_a_process_of_its_own(tmp_path):
+    environment = engine_environment("cpu", host="127.0.0.1", tensor=1) | {"OMP_NUM_THREADS": "7"}
+    with early_process() as early:
+        assert started(tmp_path, environment) is not early
+        assert early.poll() is not None
+
+
+def test_an_early_process_that_was_killed_is_replaced(tmp_path):
+    with early_process() as early:
+        early.kill()
+        early.wait()
+        assert started(tmp_path, engine_environment("cpu", host="127.0.0.1", tensor=1)) is not early
+
+
+def test_it_ends_with_a_command_that_needs_no_engine(tmp_path):
+    script = (
+        "from searche1.config import Config, RunConfig\n"
+        "from searche1.rollout import engine_process\n"
+        "engine_process.import_sglang_early(Config(run=RunConfig(device='cpu')))\n"
+        "print(engine_process._early[0].pid)"
+    )
+    command = [sys.executable, "-c", script]
+    pid = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    deadline = time.monotonic() + 10
+    while not has_ended(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "variables"),
+    [
+        (Config(run=RunConfig(device="cuda")), {}),
+        (Config(run=RunConfig(device="cpu"), engine=EngineConfig(urls=("http://elsewhere",))), {}),
+        (ON_CPU, {"WORLD_SIZE": "2"}),
+    ],
+    ids=["GPU", "engines elsewhere", "several ranks"],
+)
+def test_no_process_is_started_where_it_could_not_be_used(config, variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    import_sglang_early(config)
+    assert engine_process._early is None
