@@ -222,7 +222,7 @@ check_spec() {
     if grep -q '"skipped"' "$out/spec.json"; then skip "Transformer Engine does not import here"; fi
 }
 
-check_sync() { python3 tools/bench/steps.py sync --out "$out/sync.json" ${sglang_flags[@]+"${sglang_flags[@]}"}; }
+check_sync() { python3 tools/bench/weight_sync.py --out "$out/sync.json" ${sglang_flags[@]+"${sglang_flags[@]}"}; }
 
 check_train() { python3 tools/bench/steps.py train --out "$out/train.json"; }
 

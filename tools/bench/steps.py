@@ -2,8 +2,6 @@
 
     python tools/bench/steps.py spec      Transformer Engine's layers against Megatron's own, same weights
     python tools/bench/steps.py train     a GRPO and an OPSD step: seconds, tokens a second, share of the GPU's peak
-    python tools/bench/steps.py sync      weights into an engine on the same device, beside a copy of the same bytes;
-                                          and what an engine and a trainer give back when they are put to sleep
     python tools/bench/steps.py rollout   tokens a second of an engine, at two batch sizes
 
     --model NAME     a released model's shape (Qwen/Qwen2.5-3B-Instruct ...), or a HuggingFace folder; its weights are
@@ -31,7 +29,6 @@ import torch
 from torch import Tensor
 
 from megatron_ext import model as megatron_model
-from megatron_ext.buckets import Bucket
 from megatron_ext.flops import head_flops, layer_flops
 from megatron_ext.hf_io import CONFIG_NAME, TensorSpec, save_hf
 from megatron_ext.hf_mapping import ModelShape, hf_sizes
@@ -39,9 +36,7 @@ from megatron_ext.known_models import HUB_IDS, hf_config, read_shape
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.parallel import Layout, close_parallel, init_parallel
-from searche1.colocation import Colocation, Phase
-from searche1.config import Config, EngineConfig, GRPOConfig, OPSDConfig, TrainConfig
-from searche1.engines import free_gpu_bytes
+from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
 from searche1.models import choose_device
 from searche1.opsd import TrainedPair, opsd_step
@@ -49,8 +44,6 @@ from searche1.packing import Sample
 from searche1.planner.hardware import GPUS
 from searche1.policy import Policy
 from searche1.rollout.engine import Engine, start_engine
-from searche1.rollout.places import engine_places
-from searche1.sync import Link, send_weights
 from searche1.types import Group, Question, Span, Trajectory
 
 TOKENIZER_FROM = Path(__file__).resolve().parents[2] / "searche1" / "assets" / "toy_policy"
@@ -256,74 +249,6 @@ def bench_train(bench: Bench) -> dict[str, Any]:
     return {"grpo": grpo, "opsd": opsd}
 
 
-# -- weights --------------------------------------------------------------------------------------
-
-
-def bench_sync(bench: Bench) -> dict[str, Any]:
-    is_gpu = bench.device == "cuda"
-    free = free_gpu_bytes if is_gpu else None
-    before = free() if free else 0
-    with bench.engine(can_sleep=True) as engine:
-        engine.wait_until_ready(timeout_s=600)
-        (place,) = engine_places(count=1, tensor=1, device=bench.device, world_size=1, ranks_per_node=1)
-        link = Link(place, engine)
-        colocation = Colocation(
-            is_on=True,
-            engines={0: engine},
-            free_bytes=free,
-            free_before_engines=before,
-            together=lambda work: work(),
-        )
-        taken = before - free() if free else None
-        asleep_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, None))
-        came_free = None if free is None or taken is None else taken - (before - free())
-        policy = bench.policy()
-        bucket_bytes = EngineConfig().sync_bucket_mb << 20
-        rows = []
-        for is_exact in (False, False, True):
-            to_sync_s, _ = timed(bench.device, lambda: colocation.to(Phase.SYNC, policy))
-            buckets = policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=False)
-            seconds, _ = timed(
-                bench.device,
-                lambda buckets=buckets, is_exact=is_exact: send_weights(
-                    buckets, [link], version="1", is_exact=is_exact
-                ),
-            )
-            to_rollout_s, _ = timed(bench.device, lambda: colocation.to(Phase.ROLLOUT, policy))
-            to_train_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, policy))
-            rows.append(
-                {
-                    "is_exact": is_exact,
-                    "seconds": round(seconds, 4),
-                    "to_sync_s": round(to_sync_s, 4),
-                    "to_rollout_s": round(to_rollout_s, 4),
-                    "to_train_s": round(to_train_s, 4),
-                }
-            )
-            print(f"sync: {rows[-1]}", flush=True)
-        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=bucket_bytes))
-        num_bytes = sum(len(part.buffer) for part in parts)
-        room = torch.empty(max(len(part.buffer) for part in parts), dtype=torch.uint8, device=bench.layout.device)
-
-        def copy() -> None:
-            for part in parts:
-                room[: len(part.buffer)].copy_(part.buffer)
-
-        copy()
-        copy_s, _ = timed(bench.device, copy)
-        second = rows[1]["seconds"]
-        return {
-            "weight_bytes": num_bytes,
-            "syncs": rows,
-            "gb_per_s": round(num_bytes / second / 1e9, 3),
-            "device_copy_gb_per_s": round(num_bytes / copy_s / 1e9, 3),
-            "sync_over_copy": round(second / copy_s, 2),
-            "engine_took_bytes": taken,
-            "engine_gave_bytes": came_free,
-            "asleep_s": round(asleep_s, 4),
-        }
-
-
 # -- sampling -------------------------------------------------------------------------------------
 
 
@@ -388,12 +313,16 @@ def bench_spec(bench: Bench) -> dict[str, Any]:
     }
 
 
-BENCHES = {"spec": bench_spec, "train": bench_train, "sync": bench_sync, "rollout": bench_rollout}
+BENCHES = {"spec": bench_spec, "train": bench_train, "rollout": bench_rollout}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=BENCHES)
+def main(benches: dict[str, Callable[[Bench], dict[str, Any]]], description: str | None) -> int:
+    """The command line of one or several benches, the first argument if there are several."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if len(benches) > 1:
+        parser.add_argument("kind", choices=benches)
+    else:
+        parser.set_defaults(kind=next(iter(benches)))
     parser.add_argument("--model", default="Qwen/Qwen2.5-3B-Instruct")
     parser.add_argument("--trajectories", type=int, default=64, help="of the GRPO step; a quarter of them are pairs")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
@@ -415,7 +344,7 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory(dir=parsed.work) as folder:
             bench = Bench(parsed, Path(folder))
-            result |= {"dtype": bench.dtype, **BENCHES[parsed.kind](bench)}
+            result |= {"dtype": bench.dtype, **benches[parsed.kind](bench)}
             close_parallel()
     if parsed.out:
         parsed.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -424,4 +353,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(BENCHES, __doc__))

@@ -1,0 +1,203 @@
+"""A GRPO step with the lengths of the paper's task at a quarter of their scale: ours beside TRL's GRPOTrainer.
+
+    pip install --no-deps --target trl trl==1.16.0        its other packages are here already
+    PYTHONPATH=trl python tools/bench/grpo_lengths.py     some steps of each, one after the other, several times
+
+16 questions x 5 trajectories a step, scripted: prompts of 200 tokens, one to four turns, observations of 150 between
+them (`rollout.py turns`). Engines decode as many tokens as the script says, and both trainers train on the script's, so
+that tokens are equal; no retriever is asked. A step is rollout, reference logprobs, one update, and weights to the
+engine where there is one: TRL rolls out with HuggingFace generate, turn by turn, on the model that it trains. Qwen2 of
+3.1 million random weights, float32, one thread a process; the engine stands still while TRL runs. JSON as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from cpu_engine import cpu_engine, go_on, stop
+from rollout import draw_script, lock_step, replay, small_model
+
+from searche1.types import Group, Question
+
+LR, CLIP, KL = 1e-6, 0.2, 0.001
+
+
+def scripted(step: int, parsed: argparse.Namespace) -> list[Group]:
+    """A step's trajectories; those of a group share their prompt."""
+    dice = random.Random(step)
+    groups = []
+    for number in range(parsed.prompts):
+        scripts = [draw_script(dice) for _ in range(parsed.group)]
+        scripts = [replace(script, prompt_ids=scripts[0].prompt_ids) for script in scripts]
+        rewards = tuple(float(dice.random() < 0.4) for _ in scripts)
+        groups.append(Group(Question(f"{step}-{number}", "", ("",), "script"), tuple(scripts), rewards))
+    return groups
+
+
+def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
+    from megatron_ext.optimizer import OptimizerSettings
+    from megatron_ext.parallel import close_parallel, init_parallel
+    from searche1.config import Config, EngineConfig, GRPOConfig, TrainConfig
+    from searche1.grpo import grpo_step
+    from searche1.policy import Policy
+    from searche1.rollout.places import engine_places
+    from searche1.sync import Link, send_weights
+
+    config = Config(grpo=GRPOConfig(lr=LR, clip_eps=CLIP, kl_coef=KL, mini_batch_size=0), train=TrainConfig())
+    layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
+    policy = Policy(
+        model_path=work / "model",
+        layout=layout,
+        train=replace(config.train, dtype="float32", recompute="none", max_tokens=16384),
+        optimizer=OptimizerSettings(lr=LR, betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0, distributed=True),
+    )
+    reference = policy.snapshot()
+    (place,) = engine_places(count=1, tensor=1, device="cpu", world_size=1, ranks_per_node=1)
+    rows = []
+    with cpu_engine(work / "model", work / "engine.log", max_running=128) as engine:
+        engine.wait_until_ready(timeout_s=300)
+        link = Link(place, engine)
+        for step in range(parsed.steps):
+            groups = scripted(step, parsed)
+            trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+            times = [time.perf_counter()]
+            tokens = asyncio.run(replay(engine, trajectories))
+            times.append(time.perf_counter())
+            stop(engine)
+            grpo_step(policy, reference, groups, config=config, lr=LR)
+            go_on(engine)
+            times.append(time.perf_counter())
+            buckets = policy.hf_buckets(bucket_bytes=EngineConfig().sync_bucket_mb << 20, only_adapted=False)
+            send_weights(buckets, [link], version=str(step), is_exact=False)
+            times.append(time.perf_counter())
+            phases = zip(("rollout", "train", "sync"), times[1:], times[:-1], strict=True)
+            rows.append({"tokens": tokens, "seconds": times[-1] - times[0], **{n: b - a for n, b, a in phases}})
+    close_parallel()
+    return rows
+
+
+def run_trl(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    rows: list[dict[str, float]] = []
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        groups = scripted(len(rows) - 1, parsed)
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+        assert len(trajectories) == len(prompts)
+        started = time.perf_counter()
+        trainer.model.eval()
+        tokens = lock_step(trainer.model, trajectories)
+        trainer.model.train()
+        rows[-1] |= {"tokens": tokens, "rollout": time.perf_counter() - started}
+        return {
+            "prompt_ids": [list(t.prompt_ids) for t in trajectories],
+            "completion_ids": [list(t.response_ids) for t in trajectories],
+            "env_mask": [[int(own) for own in t.policy_mask] for t in trajectories],
+            "logprobs": [[0.0] * len(t.response_ids) for t in trajectories],
+            "em": [reward for group in groups for reward in group.rewards],
+        }
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            rows.append({})
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            rows[-1]["seconds"] = time.perf_counter() - self.started
+            rows[-1]["train"] = rows[-1]["seconds"] - rows[-1]["rollout"]
+
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda em, **_: em,
+        args=GRPOConfig(
+            output_dir=str(work / "trl"),
+            max_steps=parsed.steps,
+            per_device_train_batch_size=parsed.prompts * parsed.group,
+            num_generations=parsed.group,
+            beta=KL,
+            epsilon=CLIP,
+            learning_rate=LR,
+            max_grad_norm=1.0,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"question {n}" for n in range(parsed.steps * parsed.prompts)]}),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"),
+        rollout_func=rollout,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return rows
+
+
+RUNS = {"ours": run_ours, "TRL": run_trl}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--group", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    if importlib.util.find_spec("trl") is None:
+        parser.error("TRL is not installed; the first lines of --help say how to get it")
+    torch.set_num_threads(1)
+    if parsed.run:
+        print(json.dumps(RUNS[parsed.run](parsed, parsed.work)))
+        return 0
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
+    with tempfile.TemporaryDirectory() as folder:
+        small_model(Path(folder) / "model")
+        for _ in range(parsed.repeats):
+            for name, rows in runs.items():
+                command = [sys.executable, __file__, "--run", name, "--work", folder, "--steps", str(parsed.steps)]
+                command += ["--prompts", str(parsed.prompts), "--group", str(parsed.group)]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
+                if done.returncode:
+                    sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+                rows += json.loads(done.stdout.splitlines()[-1])[1:]
+                print(f"{name}: " + ", ".join(f"{row['seconds']:.2f} s" for row in rows), flush=True)
+    assert [row["tokens"] for row in runs["ours"]] == [row["tokens"] for row in runs["TRL"]]
+    result: dict[str, Any] = {"prompts": parsed.prompts, "group": parsed.group, "steps": parsed.steps - 1}
+    for name, rows in runs.items():
+        result[name] = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
+    for key in ("seconds", "rollout", "train"):
+        ratios = [b[key] / a[key] for a, b in zip(runs["ours"], runs["TRL"], strict=True)]
+        result[f"TRL over ours, {key}"] = round(statistics.median(ratios), 2)
+    if parsed.out:
+        parsed.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

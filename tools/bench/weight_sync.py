@@ -1,0 +1,91 @@
+"""Weights into an engine on the same device, beside a copy of the same bytes; and what sleep gives back.
+
+    python tools/bench/weight_sync.py [--model NAME]
+
+Three syncs of all weights, the last of which compares bit by bit; GB/s of the second beside a plain copy of the same
+buckets. On a GPU also the memory that engine and trainer give back when they are put to sleep, and how long that takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from steps import Bench, main, timed
+
+from megatron_ext.buckets import Bucket
+from searche1.colocation import Colocation, Phase
+from searche1.config import EngineConfig
+from searche1.engines import free_gpu_bytes
+from searche1.rollout.places import engine_places
+from searche1.sync import Link, send_weights
+
+
+def bench_sync(bench: Bench) -> dict[str, Any]:
+    is_gpu = bench.device == "cuda"
+    free = free_gpu_bytes if is_gpu else None
+    before = free() if free else 0
+    with bench.engine(can_sleep=True) as engine:
+        engine.wait_until_ready(timeout_s=600)
+        (place,) = engine_places(count=1, tensor=1, device=bench.device, world_size=1, ranks_per_node=1)
+        link = Link(place, engine)
+        colocation = Colocation(
+            is_on=True,
+            engines={0: engine},
+            free_bytes=free,
+            free_before_engines=before,
+            together=lambda work: work(),
+        )
+        taken = before - free() if free else None
+        asleep_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, None))
+        came_free = None if free is None or taken is None else taken - (before - free())
+        policy = bench.policy()
+        bucket_bytes = EngineConfig().sync_bucket_mb << 20
+        rows = []
+        for is_exact in (False, False, True):
+            to_sync_s, _ = timed(bench.device, lambda: colocation.to(Phase.SYNC, policy))
+            buckets = policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=False)
+            seconds, _ = timed(
+                bench.device,
+                lambda buckets=buckets, is_exact=is_exact: send_weights(
+                    buckets, [link], version="1", is_exact=is_exact
+                ),
+            )
+            to_rollout_s, _ = timed(bench.device, lambda: colocation.to(Phase.ROLLOUT, policy))
+            to_train_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, policy))
+            rows.append(
+                {
+                    "is_exact": is_exact,
+                    "seconds": round(seconds, 4),
+                    "to_sync_s": round(to_sync_s, 4),
+                    "to_rollout_s": round(to_rollout_s, 4),
+                    "to_train_s": round(to_train_s, 4),
+                }
+            )
+            print(f"sync: {rows[-1]}", flush=True)
+        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=bucket_bytes))
+        num_bytes = sum(len(part.buffer) for part in parts)
+        room = torch.empty(max(len(part.buffer) for part in parts), dtype=torch.uint8, device=bench.layout.device)
+
+        def copy() -> None:
+            for part in parts:
+                room[: len(part.buffer)].copy_(part.buffer)
+
+        copy()
+        copy_s, _ = timed(bench.device, copy)
+        second = rows[1]["seconds"]
+        return {
+            "weight_bytes": num_bytes,
+            "syncs": rows,
+            "gb_per_s": round(num_bytes / second / 1e9, 3),
+            "device_copy_gb_per_s": round(num_bytes / copy_s / 1e9, 3),
+            "sync_over_copy": round(second / copy_s, 2),
+            "engine_took_bytes": taken,
+            "engine_gave_bytes": came_free,
+            "asleep_s": round(asleep_s, 4),
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main({"sync": bench_sync}, __doc__))
