@@ -43,27 +43,50 @@ class Bucket:
             yield slot.name, self.buffer[slot.offset : slot.end].view(slot.dtype).view(slot.size)
 
 
-def fill_buckets(tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int) -> Iterator[Bucket]:
+Allocate = Callable[[int], Tensor]  # bytes -> uint8 [bytes]
+
+
+class SharedBuffers:
+    """Host memory for buckets that another process reads, two buffers in turn.
+
+    Whoever takes the third bucket is done with the first. New shared memory takes 16 times as long to write as old.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    def __call__(self, num_bytes: int) -> Tensor:
+        if len(self._buffers[0]) < num_bytes:  # pages of it exist from the first write on
+            storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
+            self._buffers[0] = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._buffers.reverse()
+        return self._buffers[1][:num_bytes]
+
+
+def fill_buckets(
+    tensors: Iterable[tuple[str, Tensor]], *, bucket_bytes: int, allocate: Allocate | None = None
+) -> Iterator[Bucket]:
     """Copies of the tensors, in order, in buckets of `bucket_bytes`, or of the one tensor that is larger.
 
-    Every bucket has memory of its own: one that a reader still holds is never written again.
+    Every bucket has memory of its own, or what `allocate` gives.
     """
     buffer: Tensor | None = None
     slots: list[Slot] = []
     end = 0
     for name, tensor in tensors:
         if buffer is not None and end + tensor.nbytes > len(buffer):
-            yield Bucket(_trimmed(buffer, end), tuple(slots))
+            yield Bucket(buffer[:end] if allocate else _trimmed(buffer, end), tuple(slots))
             buffer = None
         if buffer is None:
             size = max(bucket_bytes, tensor.nbytes)
-            buffer, slots, end = torch.empty(size, dtype=torch.uint8, device=tensor.device), [], 0
+            buffer = allocate(size) if allocate else torch.empty(size, dtype=torch.uint8, device=tensor.device)
+            slots, end = [], 0
         slot = Slot(name, tuple(tensor.shape), tensor.dtype, end)
         buffer[slot.offset : slot.end].view(tensor.dtype).copy_(tensor.reshape(-1))
         slots.append(slot)
         end = -(-slot.end // ALIGNMENT) * ALIGNMENT
     if buffer is not None:
-        yield Bucket(_trimmed(buffer, end), tuple(slots))
+        yield Bucket(buffer[:end] if allocate else _trimmed(buffer, end), tuple(slots))
 
 
 def _trimmed(buffer: Tensor, end: int) -> Tensor:
@@ -73,7 +96,12 @@ def _trimmed(buffer: Tensor, end: int) -> Tensor:
 
 @torch.no_grad()
 def stream_buckets(
-    export: Callable[[], Iterable[tuple[str, Tensor]]], layout: Layout, *, bucket_bytes: int, everywhere: bool
+    export: Callable[[], Iterable[tuple[str, Tensor]]],
+    layout: Layout,
+    *,
+    bucket_bytes: int,
+    everywhere: bool,
+    allocate: Allocate | None = None,
 ) -> Iterator[Bucket]:
     """The tensors that `export` gives on each pipeline stage in turn. Collective: every rank must exhaust it.
 
@@ -81,6 +109,7 @@ def stream_buckets(
         export: this stage's tensors, the same on its tensor-parallel ranks; may be collective among them and those
             that hold the layer's experts.
         everywhere: every rank gets every bucket, from its own replica; else rank 0 does, and the others nothing.
+        allocate: memory for buckets of so many bytes; by default each has its own.
     """
     if not everywhere and layout.replica >= layout.expert:  # the first replica, and those that hold its experts
         return
@@ -89,7 +118,8 @@ def stream_buckets(
     for stage in range(layout.pipeline):
         source = dist.get_global_rank(group, stage)
         if layout.pipeline_rank == stage:
-            for bucket in fill_buckets(export(), bucket_bytes=bucket_bytes) if receives else _exhausted(export()):
+            filled = fill_buckets(export(), bucket_bytes=bucket_bytes, allocate=allocate)
+            for bucket in filled if receives else _exhausted(export()):
                 if layout.pipeline > 1:
                     _announce((len(bucket.buffer), bucket.slots), source, group)
                     dist.broadcast(bucket.buffer, src=source, group=group)
@@ -100,7 +130,7 @@ def stream_buckets(
         elif receives:
             while (header := _announce(None, source, group)) is not None:
                 size, slots = header
-                buffer = torch.empty(size, dtype=torch.uint8, device=layout.device)
+                buffer = allocate(size) if allocate else torch.empty(size, dtype=torch.uint8, device=layout.device)
                 dist.broadcast(buffer, src=source, group=group)
                 if everywhere or layout.is_writer:
                     yield Bucket(buffer, slots)

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ext.buckets import Bucket, stream_buckets
+from megatron_ext.buckets import Allocate, Bucket, stream_buckets
 from megatron_ext.hf_mapping import (
     EMBEDDING,
     HEAD,
@@ -168,6 +168,7 @@ def hf_buckets(
     bucket_bytes: int,
     everywhere: bool,
     only_adapted: bool = False,
+    allocate: Allocate | None = None,
 ) -> Iterator[Bucket]:
     """Whole HuggingFace tensors, adapters merged in float32, in buckets. Collective, see `stream_buckets`.
 
@@ -195,7 +196,7 @@ def hf_buckets(
             for owner, whole in gather_experts(rule, from_shards(rule, shards, shape), shape, layout):
                 yield from zip(owner.hf, whole, strict=True)
 
-    return stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=everywhere)
+    return stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=everywhere, allocate=allocate)
 
 
 def gather_experts(

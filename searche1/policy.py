@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.buckets import Bucket, stream_buckets
+from megatron_ext.buckets import Bucket, SharedBuffers, stream_buckets
 from megatron_ext.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_ext.hf_io import (
     BUCKET_BYTES,
@@ -55,6 +55,7 @@ LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 MOST_LOGITS_ON_CPU = 1 << 24  # of a chunk, over all ranks
+_bucket_memory = SharedBuffers()  # of the one weight sync that this process has under way
 
 
 def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
@@ -362,7 +363,10 @@ class Policy:
         return hf_tensors(self._model, self.shape, self.layout)
 
     def hf_buckets(self, *, bucket_bytes: int, only_adapted: bool = False) -> Iterator[Bucket]:
-        """The same on every rank, in flat buckets; `only_adapted` leaves out what no adapter changes. Collective."""
+        """The same on every rank, in flat buckets; `only_adapted` leaves out what no adapter changes. Collective.
+
+        On a CPU whoever takes the third bucket is done with the first.
+        """
         assert self.is_on_device
         return hf_buckets(
             self._model,
@@ -371,6 +375,7 @@ class Policy:
             bucket_bytes=bucket_bytes,
             everywhere=True,
             only_adapted=only_adapted,
+            allocate=_bucket_memory if self.layout.device.type == "cpu" else None,
         )
 
     def save_hf(self, folder: Path) -> None:

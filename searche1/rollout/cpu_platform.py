@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import deque
+from typing import Any
 
 import torch  # SGLang has imported it before it looks for plugins, and these three modules too
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -93,5 +95,22 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             engine_ops.register()
         else:
             logger.warning("plain PyTorch, which is slower, instead of C++ kernels: %s", engine_ops.library())
+        keep_mapped(2)  # what a weight sync writes in turn
         # The other half of deterministic inference replaces matrix products by Triton kernels.
         batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+def keep_mapped(count: int) -> None:
+    """Keeps the last shared memories that tensors came in: mapping one anew takes as long as reading it ten times."""
+    from torch.multiprocessing import reductions
+
+    rebuild = reductions.rebuild_storage_filename
+    kept: deque[Any] = deque(maxlen=count)
+
+    def rebuild_and_keep(*arguments: Any) -> Any:
+        storage = rebuild(*arguments)
+        if not any(storage.data_ptr() == other.data_ptr() for other in kept):
+            kept.append(storage)
+        return storage
+
+    reductions.rebuild_storage_filename = rebuild_and_keep

@@ -41,7 +41,6 @@ FLUSH_TIMEOUT_S = 30.0
 HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
-FIRST_TOKEN: dict[str, Any] = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
 
 
@@ -104,9 +103,8 @@ class Engine:
                     continue
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
-                # Not /health, which looks once a second whether its token has come.
-                if self._http.post(f"{self.url}/generate", json=FIRST_TOKEN, timeout=10).status_code in (200, 401):
-                    return  # 401: up, but `check_key` will have something to say
+                if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
+                    return  # SGLang's warm-up is over
             except requests.RequestException:
                 pass  # not listening yet
             if progress is not None:
@@ -243,7 +241,7 @@ class Engine:
     def answers(self) -> bool:
         """Whether the server says that it is well, soon."""
         try:
-            return self._http.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).status_code == 200
+            return self._http.get(f"{self.url}/health_generate", timeout=HEALTH_TIMEOUT_S).status_code == 200
         except requests.RequestException:
             return False
 

@@ -102,6 +102,8 @@ def engine_environment(kind: str, *, host: str, tensor: int) -> dict[str, str]:
     environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = "1"
     # Longer than any client keeps an idle connection: one that closes under a request looks like a dead engine.
     environment["SGLANG_TIMEOUT_KEEP_ALIVE"] = "3600"
+    # /health says whether the warm-up is over, and /health_generate asks for a token, which takes a second or more.
+    environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     # SGLang's warm-up calls itself and would ask a proxy.
     environment["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy"), host]))
     return environment

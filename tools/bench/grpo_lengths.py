@@ -7,7 +7,7 @@
 them (`rollout.py turns`). Engines decode as many tokens as the script says, and both trainers train on the script's, so
 that tokens are equal; no retriever is asked. A step is rollout, reference logprobs, one update, and weights to the
 engine where there is one: TRL rolls out with HuggingFace generate, turn by turn, on the model that it trains. Qwen2 of
-3.1 million random weights, float32, one thread a process; the engine stands still while TRL runs. JSON as the last line.
+3.1 million random weights, float32, one thread; the engine stands still while we train. JSON as the last line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_engine import cpu_engine, go_on, stop
+from cpu_engine import cpu_engine, stopped
 from rollout import draw_script, lock_step, replay, small_model
 
 from searche1.types import Group, Question
@@ -77,9 +77,8 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             times = [time.perf_counter()]
             tokens = asyncio.run(replay(engine, trajectories))
             times.append(time.perf_counter())
-            stop(engine)
-            grpo_step(policy, reference, groups, config=config, lr=LR)
-            go_on(engine)
+            with stopped(engine):
+                grpo_step(policy, reference, groups, config=config, lr=LR)
             times.append(time.perf_counter())
             buckets = policy.hf_buckets(bucket_bytes=EngineConfig().sync_bucket_mb << 20, only_adapted=False)
             send_weights(buckets, [link], version=str(step), is_exact=False)

@@ -40,7 +40,7 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
         taken = before - free() if free else None
         asleep_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, None))
         came_free = None if free is None or taken is None else taken - (before - free())
-        policy = bench.policy()
+        policy = bench.policy(optimizer=is_gpu)  # whose memory is put to sleep
         bucket_bytes = EngineConfig().sync_bucket_mb << 20
         rows = []
         for is_exact in (False, False, True):
