@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.buckets import fill_buckets
+from megatron_ext.buckets import SharedBuffers, fill_buckets
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -52,3 +52,22 @@ def test_a_bucket_is_a_copy():
 
 def test_no_tensors_make_no_bucket():
     assert list(fill_buckets([], bucket_bytes=100)) == []
+
+
+def test_shared_buffers_take_turns_and_grow():
+    allocate = SharedBuffers()
+    one, other = allocate(1000), allocate(1000)
+    assert one.is_shared() and other.is_shared() and len(one) == len(other) == 1000
+    assert len({one.data_ptr(), other.data_ptr()}) == 2
+    assert allocate(600).data_ptr() == one.data_ptr()
+    assert len(larger := allocate(5000)) == 5000 and larger.is_shared()
+    assert allocate(1000).data_ptr() == one.data_ptr()
+
+
+def test_buckets_in_shared_buffers_hold_the_same_tensors():
+    given = tensors()
+    found = []
+    for bucket in fill_buckets(given, bucket_bytes=2000, allocate=SharedBuffers()):
+        assert bucket.buffer.is_shared()
+        found += [(name, tensor.clone()) for name, tensor in bucket.tensors()]  # before the next one comes
+    assert all(n == m and torch.equal(a, b) for (n, a), (m, b) in zip(found, given, strict=True))
