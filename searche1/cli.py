@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -249,23 +250,23 @@ def _quickstart(parsed: argparse.Namespace) -> None:
 
 def _train(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
-    from searche1.rollout.engine_process import import_sglang_early
+    from searche1.rollout.engine_process import importing_sglang
 
     # The model belongs to the run's settings: another one in the same run directory is refused, not mixed in.
     model = [f"model.path={parsed.model}"] if parsed.kind != "cycle" and parsed.model else []
     config = load_config(parsed.config, parsed.overrides + model)
-    import_sglang_early(config)
-    from searche1.cycle import run_cycle, run_single_stage
+    with importing_sglang(config):
+        from searche1.cycle import run_cycle, run_single_stage
 
-    if parsed.kind == "cycle":
-        run_cycle(config)
-    else:
-        run_single_stage(config, parsed.kind)
+        if parsed.kind == "cycle":
+            run_cycle(config)
+        else:
+            run_single_stage(config, parsed.kind)
 
 
 def _eval(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
-    from searche1.rollout.engine_process import import_sglang_early
+    from searche1.rollout.engine_process import importing_sglang
 
     flags = {
         "model.path": parsed.model,
@@ -289,19 +290,19 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"--samples {parsed.samples}: greedy trajectories of a question would all be the same; give --temperature "
             "too, such as 1.0, or leave out --samples"
         )
-    import_sglang_early(config)
-    from searche1.evaluation.run import default_out, run_eval
+    with importing_sglang(config):
+        from searche1.evaluation.run import default_out, run_eval
 
-    out = parsed.out
-    if not out and not any(override.startswith("run.out=") for override in parsed.overrides):
-        out = default_out(config)
-    run_eval(load_config(parsed.config, given + parsed.overrides + ([f"run.out={out}"] if out else [])))
+        out = parsed.out
+        if not out and not any(override.startswith("run.out=") for override in parsed.overrides):
+            out = default_out(config)
+        run_eval(load_config(parsed.config, given + parsed.overrides + ([f"run.out={out}"] if out else [])))
 
 
 def _play(parsed: argparse.Namespace) -> None:
     from searche1.config import load_config
     from searche1.console import open_console
-    from searche1.rollout.engine_process import import_sglang_early
+    from searche1.rollout.engine_process import importing_sglang
 
     flags = {
         "run.out": parsed.out,
@@ -311,11 +312,10 @@ def _play(parsed: argparse.Namespace) -> None:
     }
     given = [f"{key}={value}" for key, value in flags.items() if value not in (None, "")]
     config = load_config(parsed.config, given + parsed.overrides)
-    if not parsed.as_policy:
-        import_sglang_early(config)
-    from searche1.play import run_play
+    with contextlib.nullcontext() if parsed.as_policy else importing_sglang(config):
+        from searche1.play import run_play
 
-    run_play(config, open_console(), asked=parsed.question, as_policy=parsed.as_policy)
+        run_play(config, open_console(), asked=parsed.question, as_policy=parsed.as_policy)
 
 
 def _compare(parsed: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from searche1.config import load_config
-from searche1.rollout.engine_process import import_sglang_early
+from searche1.rollout.engine_process import importing_sglang
 from searche1.types import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -40,13 +40,13 @@ def run_quickstart(*, seed: int, out: str, is_fast: bool, is_new: bool, device: 
             *overrides,
         ],
     )
-    import_sglang_early(config)
-    from searche1.cycle import run_cycle
-    from searche1.session import is_first_process
+    with importing_sglang(config):
+        from searche1.cycle import run_cycle
+        from searche1.session import is_first_process
 
-    if is_first_process():
-        print(f"run directory {directory}", flush=True)
-    run_cycle(config, prepare=lambda: make_world(world, seed=seed))
+        if is_first_process():
+            print(f"run directory {directory}", flush=True)
+        run_cycle(config, prepare=lambda: make_world(world, seed=seed))
 
 
 def next_free(directory: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from tiny_models import make_qwen2
 
-pytest.register_assert_rewrite("vocab_checks")
+pytest.register_assert_rewrite("one_policy", "vocab_checks")
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("patient")

@@ -101,7 +101,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def keep_mapped(count: int) -> None:
-    """Keeps the last shared memories that tensors came in: mapping one anew takes as long as reading it ten times."""
+    """Keeps the last shared memories that tensors came in: else every sync maps all their pages anew."""
     from torch.multiprocessing import reductions
 
     rebuild = reductions.rebuild_storage_filename

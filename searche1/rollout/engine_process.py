@@ -1,17 +1,18 @@
 """The process of an engine: its environment, and a start ahead of the trainer's imports.
 
-Importing SGLang takes a CPU as many seconds as importing Megatron does. `import_sglang_early` has a process do the
-first while ours does the second; `start_process` gives it the arguments of the first engine that is started.
+Importing SGLang takes a CPU as many seconds as importing Megatron does. `importing_sglang` has a process do the first
+while ours does the second; `start_process` gives it the arguments of the first engine that is started.
 Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.lifetime import die_with_parent
@@ -23,16 +24,18 @@ _TORCHRUN_PREFIXES = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER
 _early: tuple[subprocess.Popen[bytes], dict[str, str]] | None = None  # a process and its environment
 
 
-def import_sglang_early(config: Config) -> None:
-    """Starts a process for the engine of a run in one process on a CPU. It ends with us, wanted or not.
+@contextlib.contextmanager
+def importing_sglang(config: Config) -> Iterator[None]:
+    """Has a process ready for the engine of a command in one process on a CPU; ends it if it was not needed.
 
-    Call it from the main thread, before anything heavy is imported. Elsewhere it does nothing: a start on a GPU takes
+    Open it in the main thread, before anything heavy is imported. Elsewhere it does nothing: a start on a GPU takes
     much longer than imports, and of several ranks one will start the engine.
     """
     global _early
     device, has_gpu = config.run.device, any(Path("/dev").glob("nvidia[0-9]*"))
     is_on_gpu = device == "cuda" or (device == "auto" and has_gpu)
     if config.engine.urls or is_on_gpu or os.environ.get("WORLD_SIZE", "1") != "1":
+        yield
         return
     environment = engine_environment("cpu", host="127.0.0.1", tensor=1)
     process = subprocess.Popen(
@@ -45,6 +48,13 @@ def import_sglang_early(config: Config) -> None:
         preexec_fn=die_with_parent,
     )
     _early = process, environment
+    try:
+        yield
+    finally:
+        if _early is not None and _early[0] is process:
+            _early = None
+            process.kill()
+            process.wait()
 
 
 def start_process(

@@ -16,7 +16,7 @@ from command import POLICY, toy_engine
 from megatron_ext.lifetime import has_ended
 from searche1.config import Config, EngineConfig, RunConfig
 from searche1.rollout import engine_process
-from searche1.rollout.engine_process import engine_environment, import_sglang_early, start_process
+from searche1.rollout.engine_process import engine_environment, importing_sglang, start_process
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +26,9 @@ ON_CPU = Config(run=RunConfig(device="cpu"))
 @contextlib.contextmanager
 def early_process() -> Iterator[subprocess.Popen[bytes]]:
     """In the test itself, as pytest changes the environment between a fixture and a test."""
-    import_sglang_early(ON_CPU)
-    assert engine_process._early is not None
-    process, _ = engine_process._early
-    try:
-        yield process
-    finally:
-        engine_process._early = None
-        process.kill()
-        process.wait()
+    with importing_sglang(ON_CPU):
+        assert engine_process._early is not None
+        yield engine_process._early[0]
 
 
 def started(folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -71,15 +65,17 @@ def test_an_early_process_that_was_killed_is_replaced(tmp_path):
         assert started(tmp_path, engine_environment("cpu", host="127.0.0.1", tensor=1)) is not early
 
 
-def test_it_ends_with_a_command_that_needs_no_engine(tmp_path):
+@pytest.mark.parametrize("how", ["ends", "kill"])
+def test_it_ends_with_a_command_that_needs_no_engine(how):
     script = (
+        "import os, sys\n"
         "from searche1.config import Config, RunConfig\n"
         "from searche1.rollout import engine_process\n"
-        "engine_process.import_sglang_early(Config(run=RunConfig(device='cpu')))\n"
-        "print(engine_process._early[0].pid)"
+        "with engine_process.importing_sglang(Config(run=RunConfig(device='cpu'))):\n"
+        "    print(engine_process._early[0].pid, flush=True)\n"
+        "    if 'kill' in sys.argv: os.kill(os.getpid(), 9)\n"
     )
-    command = [sys.executable, "-c", script]
-    pid = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    pid = int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, timeout=60).stdout)
     deadline = time.monotonic() + 10
     while not has_ended(pid):
         assert time.monotonic() < deadline
@@ -98,5 +94,5 @@ def test_it_ends_with_a_command_that_needs_no_engine(tmp_path):
 def test_no_process_is_started_where_it_could_not_be_used(config, variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    import_sglang_early(config)
-    assert engine_process._early is None
+    with importing_sglang(config):
+        assert engine_process._early is None

@@ -64,7 +64,7 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
                 }
             )
             print(f"sync: {rows[-1]}", flush=True)
-        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=bucket_bytes))
+        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=bucket_bytes))  # on a CPU in the same two buffers
         num_bytes = sum(len(part.buffer) for part in parts)
         room = torch.empty(max(len(part.buffer) for part in parts), dtype=torch.uint8, device=bench.layout.device)
 
