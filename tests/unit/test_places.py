@@ -2,7 +2,7 @@
 
 import pytest
 
-from searche1.rollout.engine import cores_of_ranks
+from searche1.rollout.engine_process import cores_of_ranks
 from searche1.rollout.places import engine_places, own_address
 from searche1.types import UserError
 
