@@ -46,10 +46,11 @@ class Bucket:
 Allocate = Callable[[int], Tensor]  # bytes -> uint8 [bytes]
 
 
-class SharedBuffers:
+class SharedDoubleBuffer:
     """Host memory for buckets that another process reads, two buffers in turn.
 
-    Whoever takes the third bucket is done with the first. New shared memory takes 16 times as long to write as old.
+    Whoever takes the third bucket is done with the first. New shared memory takes far longer to write than old
+    (`tools/bench/weight_sync.py` measures both).
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.buckets import Bucket, SharedBuffers, stream_buckets
+from megatron_ext.buckets import Bucket, SharedDoubleBuffer, stream_buckets
 from megatron_ext.checkpoint import CheckpointWriter, load_checkpoint
 from megatron_ext.hf_io import (
     BUCKET_BYTES,
@@ -55,7 +55,7 @@ LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 MOST_LOGITS_ON_CPU = 1 << 24  # of a chunk, over all ranks
-_bucket_memory = SharedBuffers()  # of the one weight sync that this process has under way
+_bucket_memory = SharedDoubleBuffer()  # of the one weight sync that this process has under way
 
 
 def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -89,6 +90,8 @@ def main() -> int:
         file = world / f"{name}.jsonl"
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:most]))
     clock = JumpingClock(arguments.out)
+    if clock.why_absent:
+        print(f"the clock does not jump: {clock.why_absent}", flush=True)
     start = Start(world, arguments.ranks, clock)
     reference = run_to_end(arguments.out / "undisturbed", start, victims=[], generator=generator)
     print(f"undisturbed run: {reference.seconds:.0f} s, EMs {ems(reference.result)}", flush=True)
@@ -98,7 +101,10 @@ def main() -> int:
     within = 0.6 * reference.seconds  # what is on the disk makes later calls shorter: a moment behind their end is none
     kills: list[str] = []
     runs = same = 0
-    kinds = [kind for kind in kinds if not arguments.only or kind in arguments.only]
+    impossible = {"clock"} if clock.why_absent else set()
+    kinds = [kind for kind in kinds if kind not in impossible and (not arguments.only or kind in arguments.only)]
+    if not kinds:
+        parser.error(f"none of --only {' '.join(arguments.only)} can be done; leave it out to see all")
     while len(kills) < arguments.kills:
         number = min(len(kinds), arguments.kills - len(kills))
         victims = generator.sample(kinds, number)  # each kind before any comes again
@@ -194,11 +200,18 @@ class JumpingClock:
 
     def __init__(self, folder: Path) -> None:
         library, self._offset = folder / "jumping_clock.so", folder / "clock_offset"
-        if not library.exists():
-            source = Path(__file__).with_suffix("").with_name("jumping_clock.c")
-            command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
-            subprocess.run(command, check=True)
-            self._offset.write_bytes(struct.pack("=q", 0))
+        self.environment: dict[str, str] = {}
+        self.why_absent = ""
+        compiler, source = os.environ.get("CC", "cc"), Path(__file__).with_name("jumping_clock.c")
+        if shutil.which(compiler) is None:
+            self.why_absent = f"there is no C compiler {compiler!r}; install one, or set CC"
+            return
+        options = ["-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+        compiled = subprocess.run([compiler, *options], capture_output=True, text=True)
+        if compiled.returncode:
+            self.why_absent = f"{source.name} was not compiled: {compiled.stderr}"
+            return
+        self._offset.write_bytes(struct.pack("=q", 0))
         self.environment = {"LD_PRELOAD": str(library.resolve()), "SEARCHE1_CLOCK": str(self._offset.resolve())}
 
     def jump(self) -> None:

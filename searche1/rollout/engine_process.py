@@ -74,6 +74,9 @@ def start_process(
             return process
         process.kill()
         process.wait()
+        reason = "it had ended" if is_as_before else "the environment has changed"
+        with log_path.open("a") as log:
+            log.write(f"searche1: a process that imported SGLang early is replaced by a new one: {reason}\n")
     with log_path.open("ab") as log:
         return subprocess.Popen(
             [*_SERVER, *arguments],

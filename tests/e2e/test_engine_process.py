@@ -46,9 +46,26 @@ def test_the_first_engine_is_the_process_that_has_imported(tmp_path, monkeypatch
             assert engine._process is early
             engine.wait_until_ready(timeout_s=100)
             assert len(engine.logprobs([[1, 2, 3]])[0]) == 2
-            assert log.read_text()  # what SGLang said before it had this log
             assert started(tmp_path, dict(os.environ)) is not early
         assert early.poll() is not None
+
+
+def test_what_was_said_while_importing_comes_first_in_the_log(tmp_path, monkeypatch):
+    """With a package of SGLang's name that speaks."""
+    package = tmp_path / "path" / "sglang"
+    (package / "srt" / "entrypoints").mkdir(parents=True)
+    for folder in (package, package / "srt", package / "srt" / "entrypoints"):
+        (folder / "__init__.py").touch()
+    (package / "srt" / "entrypoints" / "http_server.py").write_text("print('importing', flush=True)\n")
+    (package / "launch_server.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['ADDED'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    with early_process() as early:
+        environment = engine_environment("cpu", host="127.0.0.1", tensor=1) | {"ADDED": "since"}
+        assert start_process(["--port", "1"], environment=environment, key="secret", log_path=log) is early
+        assert early.wait(timeout=60) == 0
+    assert log.read_text() == "before\nimporting\n['--port', '1', '--api-key', 'secret'] since\n"
 
 
 def test_another_environment_gets_a_process_of_its_own(tmp_path):
@@ -56,6 +73,7 @@ def test_another_environment_gets_a_process_of_its_own(tmp_path):
     with early_process() as early:
         assert started(tmp_path, environment) is not early
         assert early.poll() is not None
+    assert "the environment has changed" in (tmp_path / "log").read_text()
 
 
 def test_an_early_process_that_was_killed_is_replaced(tmp_path):
@@ -63,6 +81,7 @@ def test_an_early_process_that_was_killed_is_replaced(tmp_path):
         early.kill()
         early.wait()
         assert started(tmp_path, engine_environment("cpu", host="127.0.0.1", tensor=1)) is not early
+    assert "it had ended" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("how", ["ends", "kill"])

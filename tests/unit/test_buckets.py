@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.buckets import SharedBuffers, fill_buckets
+from megatron_ext.buckets import SharedDoubleBuffer, fill_buckets
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ def test_no_tensors_make_no_bucket():
 
 
 def test_shared_buffers_take_turns_and_grow():
-    allocate = SharedBuffers()
+    allocate = SharedDoubleBuffer()
     one, other = allocate(1000), allocate(1000)
     assert one.is_shared() and other.is_shared() and len(one) == len(other) == 1000
     assert len({one.data_ptr(), other.data_ptr()}) == 2
@@ -67,7 +67,7 @@ def test_shared_buffers_take_turns_and_grow():
 def test_buckets_in_shared_buffers_hold_the_same_tensors():
     given = tensors()
     found = []
-    for bucket in fill_buckets(given, bucket_bytes=2000, allocate=SharedBuffers()):
+    for bucket in fill_buckets(given, bucket_bytes=2000, allocate=SharedDoubleBuffer()):
         assert bucket.buffer.is_shared()
         found += [(name, tensor.clone()) for name, tensor in bucket.tensors()]  # before the next one comes
     assert all(n == m and torch.equal(a, b) for (n, a), (m, b) in zip(found, given, strict=True))

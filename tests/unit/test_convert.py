@@ -22,18 +22,11 @@ from megatron_ext.convert import RELEASE, hf_to_megatron, megatron_to_hf, stored
 from megatron_ext.hf_io import HFReader, hf_tensors
 from megatron_ext.hf_mapping import hf_sizes, model_rules, model_shape
 from megatron_ext.model import ModelSettings, build_model
-from megatron_ext.parallel import close_parallel, init_parallel
 from megatron_ext.torch_dist import TorchDistReader
 from megatron_ext.verify import compare_tensors, hf_logits, megatron_logits
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "searche1" / "assets" / "toy_policy"
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
 
 
 @pytest.fixture(params=[(family, tied) for family in FAMILIES for tied in (True, False)], ids=str)

@@ -6,13 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
 from checkout import FAKE_PYTHON, IDNA, ROOT, TORCH, Checkout
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
 
 
 def test_the_environment_is_made_once(checkout: Checkout):

@@ -26,7 +26,6 @@ from megatron_ext.hf_mapping import (
     to_shard,
 )
 from megatron_ext.model import ModelSettings, build_model
-from megatron_ext.parallel import close_parallel, init_parallel
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -193,12 +192,6 @@ def test_attention_that_this_model_cannot_compute_is_refused():
 
 
 # -- folders --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
 
 
 @pytest.fixture

@@ -7,17 +7,11 @@ import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from checkout import ROOT, Checkout
 
 CYCLES = {"3b": 1, "7b": 2, "14b": 2, "32b": 4, "72b": 8, "30b_a3b": 4}  # nodes
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
 
 
 def launch(checkout: Checkout, *arguments: str, script: str = "launch.sh", **variables: str):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from one_policy import (
-    ADAM,
     LORA,
     TRAIN,
     assert_same_bits,
@@ -22,26 +21,11 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, make_model
 from transformers import AutoModelForCausalLM, GemmaConfig
 
-from megatron_ext.parallel import close_parallel, init_parallel
+from megatron_ext.parallel import init_parallel
 from searche1.models import choose_dtype, resolve_model
 from searche1.packing import Sharing, pack, row_weights
 from searche1.policy import Policy
 from searche1.types import UserError
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
-
-
-@pytest.fixture
-def make_policy(tiny_qwen2, layout):
-    def run(*, folder=tiny_qwen2, train=TRAIN, optimizer=ADAM, lora=None):
-        return Policy(model_path=folder, layout=layout, train=train, optimizer=optimizer, lora=lora)
-
-    return run
-
 
 # -- the same model as transformers' --------------------------------------------------------------
 

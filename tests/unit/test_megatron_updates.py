@@ -27,25 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ext.checkpoint import find_damage
 from megatron_ext.flops import head_flops, layer_flops
-from megatron_ext.parallel import close_parallel, init_parallel
 from searche1.packing import make_batches, pack, row_weights
-from searche1.policy import Policy, read_shape
+from searche1.policy import read_shape
 from searche1.types import UserError
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
-
-
-@pytest.fixture
-def make_policy(tiny_qwen2, layout):
-    def run(*, folder=tiny_qwen2, train=TRAIN, optimizer=ADAM, lora=None):
-        return Policy(model_path=folder, layout=layout, train=train, optimizer=optimizer, lora=lora)
-
-    return run
-
 
 # -- updates --------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_ext.convert import check_checkpoint
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.parallel import close_parallel, init_parallel
 from megatron_ext.peft_io import BASE_NAME, MERGED_NAME, fingerprint, read_adapter, read_peft_folder
 from megatron_ext.torch_dist import TorchDistReader
 from searche1.config import TrainConfig
@@ -123,12 +122,6 @@ def test_an_adapter_is_not_merged_twice(base, tmp_path):
     other = peft_adapter(base, tmp_path / "other", r=2)
     assert merge(tmp_path / "merged", other, tmp_path / "both").returncode == 0
     assert len(json.loads((tmp_path / "both" / MERGED_NAME).read_text())["adapters"]) == 2
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
 
 
 def test_our_adapter_is_merged_to_the_bits_that_training_merges_and_into_its_own_base_only(base, layout, tmp_path):

@@ -10,7 +10,7 @@ from tiny_models import make_qwen2
 from megatron_ext.lora import LoraSettings
 from megatron_ext.offload import HostOffload
 from megatron_ext.optimizer import OptimizerSettings
-from megatron_ext.parallel import Layout, close_parallel, init_parallel
+from megatron_ext.parallel import Layout
 from searche1.config import Config, OPSDConfig, TrainConfig
 from searche1.opsd import TrainedPair, opsd_step
 from searche1.packing import Sample, make_batches, row_weights
@@ -39,12 +39,6 @@ def test_scratch_memory_is_freed_without_a_copy():
     assert offload.to_host() == 4000 and scratch.untyped_storage().nbytes() == 0
     offload.back()
     assert scratch.zero_().sum() == 0 and len(scratch) == 1000
-
-
-@pytest.fixture(scope="module")
-def layout():
-    yield init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
-    close_parallel()
 
 
 @pytest.fixture(scope="module")

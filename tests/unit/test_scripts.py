@@ -12,11 +12,6 @@ SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("scripts/slurm/*.sba
 WITH_FLAGS = ("quickstart.sh", "gpu_check.sh", "make_gpu_bundle.sh", "launch.sh")
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
-    return Checkout(tmp_path)
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_valid_bash_and_can_be_executed(script: Path):
     assert run(["bash", "-n", str(script)], ROOT).stderr == ""

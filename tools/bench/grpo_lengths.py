@@ -16,10 +16,8 @@ import argparse
 import asyncio
 import importlib.util
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +27,13 @@ from typing import Any
 
 import torch
 from cpu_engine import cpu_engine, stopped
+from grpo_step import output_of, trl_clock, trl_settings
 from rollout import draw_script, lock_step, replay, small_model
 
+from searche1.config import GRPOConfig
 from searche1.types import Group, Question
 
-LR, CLIP, KL = 1e-6, 0.2, 0.001
+GRPO = GRPOConfig(lr=1e-6, clip_eps=0.2, kl_coef=0.001, grad_clip=1.0, mini_batch_size=0)
 
 
 def scripted(step: int, parsed: argparse.Namespace) -> list[Group]:
@@ -49,21 +49,22 @@ def scripted(step: int, parsed: argparse.Namespace) -> list[Group]:
 
 
 def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
+    from megatron_ext.flops import head_flops, layer_flops
     from megatron_ext.optimizer import OptimizerSettings
     from megatron_ext.parallel import close_parallel, init_parallel
-    from searche1.config import Config, EngineConfig, GRPOConfig, TrainConfig
+    from searche1.config import Config, EngineConfig, TrainConfig
     from searche1.grpo import grpo_step
     from searche1.policy import Policy
     from searche1.rollout.places import engine_places
     from searche1.sync import Link, send_weights
 
-    config = Config(grpo=GRPOConfig(lr=LR, clip_eps=CLIP, kl_coef=KL, mini_batch_size=0), train=TrainConfig())
+    config = Config(grpo=GRPO, train=TrainConfig(dtype="float32", recompute="none", max_tokens=16384))
     layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
     policy = Policy(
         model_path=work / "model",
         layout=layout,
-        train=replace(config.train, dtype="float32", recompute="none", max_tokens=16384),
-        optimizer=OptimizerSettings(lr=LR, betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0, distributed=True),
+        train=config.train,
+        optimizer=OptimizerSettings(lr=GRPO.lr, betas=(0.9, 0.999), weight_decay=0.0, grad_clip=1.0, distributed=True),
     )
     reference = policy.snapshot()
     (place,) = engine_places(count=1, tensor=1, device="cpu", world_size=1, ranks_per_node=1)
@@ -78,21 +79,24 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             tokens = asyncio.run(replay(engine, trajectories))
             times.append(time.perf_counter())
             with stopped(engine):
-                grpo_step(policy, reference, groups, config=config, lr=LR)
+                grpo_step(policy, reference, groups, config=config, lr=GRPO.lr)
             times.append(time.perf_counter())
             buckets = policy.hf_buckets(bucket_bytes=EngineConfig().sync_bucket_mb << 20, only_adapted=False)
             send_weights(buckets, [link], version=str(step), is_exact=False)
             times.append(time.perf_counter())
+            lengths = [len(t.prompt_ids) + len(t.response_ids) for t in trajectories]
+            forward = sum(layer_flops(policy.shape, n, n) for n in lengths) + head_flops(policy.shape, tokens)
             phases = zip(("rollout", "train", "sync"), times[1:], times[:-1], strict=True)
             rows.append({"tokens": tokens, "seconds": times[-1] - times[0], **{n: b - a for n, b, a in phases}})
+            rows[-1]["gflop_per_s"] = 4 * forward / rows[-1]["train"] / 1e9  # reference, forward, twice that back
     close_parallel()
     return rows
 
 
 def run_trl(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
     rows: list[dict[str, float]] = []
@@ -114,42 +118,34 @@ def run_trl(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             "em": [reward for group in groups for reward in group.rewards],
         }
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            rows.append({})
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            rows[-1]["seconds"] = time.perf_counter() - self.started
-            rows[-1]["train"] = rows[-1]["seconds"] - rows[-1]["rollout"]
-
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda em, **_: em,
-        args=GRPOConfig(
-            output_dir=str(work / "trl"),
-            max_steps=parsed.steps,
-            per_device_train_batch_size=parsed.prompts * parsed.group,
-            num_generations=parsed.group,
-            beta=KL,
-            epsilon=CLIP,
-            learning_rate=LR,
-            max_grad_norm=1.0,
-            lr_scheduler_type="constant",
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        args=trl_settings(
+            work / "trl",
+            steps=parsed.steps,
+            trajectories=parsed.prompts * parsed.group,
+            group=parsed.group,
+            grpo=GRPO,
         ),
         train_dataset=Dataset.from_dict({"prompt": [f"question {n}" for n in range(parsed.steps * parsed.prompts)]}),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
         rollout_func=rollout,
-        callbacks=[Clock()],
+        callbacks=[trl_clock(rows)],
     )
     trainer.train()
-    return rows
+    return [{**row, "train": row["seconds"] - row["rollout"]} for row in rows]
+
+
+def products_gflop_per_s() -> float:
+    """What one core gives in the largest products of these layers' size, the median of some."""
+    left, right = torch.randn(4096, 256), torch.randn(256, 704)
+    seconds = []
+    for _ in range(30):
+        started = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - started)
+    return 2 * left.numel() * right.shape[1] / statistics.median(seconds) / 1e9
 
 
 RUNS = {"ours": run_ours, "TRL": run_trl}
@@ -178,15 +174,11 @@ def main() -> int:
             for name, rows in runs.items():
                 command = [sys.executable, __file__, "--run", name, "--work", folder, "--steps", str(parsed.steps)]
                 command += ["--prompts", str(parsed.prompts), "--group", str(parsed.group)]
-                done = subprocess.run(
-                    command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-                if done.returncode:
-                    sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-                rows += json.loads(done.stdout.splitlines()[-1])[1:]
+                rows += json.loads(output_of(name, command).splitlines()[-1])[1:]
                 print(f"{name}: " + ", ".join(f"{row['seconds']:.2f} s" for row in rows), flush=True)
     assert [row["tokens"] for row in runs["ours"]] == [row["tokens"] for row in runs["TRL"]]
     result: dict[str, Any] = {"prompts": parsed.prompts, "group": parsed.group, "steps": parsed.steps - 1}
+    result["products alone, gflop_per_s"] = round(products_gflop_per_s(), 1)
     for name, rows in runs.items():
         result[name] = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
     for key in ("seconds", "rollout", "train"):

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from hf_loop import TOY_POLICY, TurnLoop
 
-from searche1.config import Config, load_config
+from searche1.config import Config, GRPOConfig, load_config
 from searche1.data import load_questions, question_batches
 from searche1.models import load_tokenizer
 from searche1.prompts import encode_prompt, student_prompt
@@ -62,9 +62,7 @@ def ours(work: Path, parsed: argparse.Namespace, url: str, number: int) -> list[
     out = work / f"ours{number}"
     command = [sys.executable, "-m", "searche1", "grpo", "--config", str(ROOT / "configs/quickstart.yaml")]
     command += settings(work, parsed, **{"run.out": out, "retriever.url": url})
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if result.returncode:
-        sys.exit(f"searche1 grpo ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
+    output_of("searche1 grpo", command)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [
         {"seconds": sum(row["seconds"].values()), "tokens": row["values"]["policy_tokens"], **row["seconds"]}
@@ -73,22 +71,67 @@ def ours(work: Path, parsed: argparse.Namespace, url: str, number: int) -> list[
     ]
 
 
+def trl_settings(out: Path, *, steps: int, trajectories: int, group: int, grpo: GRPOConfig) -> Any:
+    """Of TRL's trainer: a step is one update of all trajectories, on a CPU."""
+    from trl import GRPOConfig as TRLConfig
+
+    return TRLConfig(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=trajectories,
+        num_generations=group,
+        beta=grpo.kl_coef,
+        epsilon=grpo.clip_eps,
+        learning_rate=grpo.lr,
+        max_grad_norm=grpo.grad_clip,
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def trl_clock(rows: list[dict[str, float]]) -> Any:
+    """A callback of TRL's trainer: a new row for every step, and its seconds."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            rows.append({})
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            rows[-1]["seconds"] = time.perf_counter() - self.started
+
+    return Clock()
+
+
+def output_of(name: str, command: list[str]) -> str:
+    """What a contestant prints; ends this program with its last words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
 def theirs(work: Path, parsed: argparse.Namespace, url: str, number: int) -> list[dict[str, float]]:
     """The same of TRL, in a process of its own."""
     out = work / f"trl{number}.json"
     command = [sys.executable, __file__, "--trl", str(out), "--work", str(work), "--url", url]
     command += ["--steps", str(parsed.steps), "--prompts", str(parsed.prompts), "--group", str(parsed.group)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if result.returncode:
-        sys.exit(f"TRL's run ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    output_of("TRL's run", command)
     rows: list[dict[str, float]] = json.loads(out.read_text())
     return rows
 
 
 def run_trl(parsed: argparse.Namespace) -> None:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOTrainer
 
     config: Config = load_config(
         str(ROOT / "configs/quickstart.yaml"), settings(parsed.work, parsed, **{"run.out": parsed.work / "unused"})
@@ -125,39 +168,20 @@ def run_trl(parsed: argparse.Namespace) -> None:
             "em": [em_reward(t, by_text[prompt]) for t, prompt in zip(trajectories, prompts, strict=True)],
         }
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            rows.append({})
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            rows[-1]["seconds"] = time.perf_counter() - self.started
-
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda em, **_: em,
-        args=GRPOConfig(
-            output_dir=str(parsed.work / "trl"),
-            max_steps=parsed.steps,
-            per_device_train_batch_size=parsed.prompts * parsed.group,
-            num_generations=parsed.group,
-            beta=config.grpo.kl_coef,
-            epsilon=config.grpo.clip_eps,
-            learning_rate=config.grpo.lr,
-            max_grad_norm=config.grpo.grad_clip,
-            lr_scheduler_type="constant",
-            shuffle_dataset=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+        args=trl_settings(
+            parsed.work / "trl",
+            steps=parsed.steps,
+            trajectories=parsed.prompts * parsed.group,
+            group=parsed.group,
+            grpo=config.grpo,
         ),
         train_dataset=Dataset.from_dict({"prompt": list(by_text)}),
         processing_class=tokenizer,
         rollout_func=rollout,
-        callbacks=[Clock()],
+        callbacks=[trl_clock(rows)],
     )
     trainer.train()
     assert all(row["trajectories"] == parsed.prompts * parsed.group for row in rows), rows

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from steps import Bench, main, timed
+from torch import Tensor
 
-from megatron_ext.buckets import Bucket
+from megatron_ext.buckets import Bucket, SharedDoubleBuffer
 from searche1.colocation import Colocation, Phase
 from searche1.config import EngineConfig
 from searche1.engines import free_gpu_bytes
@@ -75,16 +76,25 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
         copy()
         copy_s, _ = timed(bench.device, copy)
         second = rows[1]["seconds"]
+        shared = [] if is_gpu else shared_memory_seconds(room)
         return {
             "weight_bytes": num_bytes,
             "syncs": rows,
             "gb_per_s": round(num_bytes / second / 1e9, 3),
             "device_copy_gb_per_s": round(num_bytes / copy_s / 1e9, 3),
             "sync_over_copy": round(second / copy_s, 2),
+            **{f"{age}_shared_memory_gb_per_s": round(len(room) / s / 1e9, 2) for age, s in shared},
             "engine_took_bytes": taken,
             "engine_gave_bytes": came_free,
             "asleep_s": round(asleep_s, 4),
         }
+
+
+def shared_memory_seconds(filled: Tensor) -> list[tuple[str, float]]:
+    """Seconds of a copy into shared memory: the first into new pages, the second into the same."""
+    allocate = SharedDoubleBuffer()
+    room = allocate(len(filled))
+    return [(age, timed("cpu", lambda: room.copy_(filled))[0]) for age in ("new", "old")]
 
 
 if __name__ == "__main__":
