@@ -61,17 +61,17 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Maps device="cuda" to the CPU in every torch call, and names CPU tensor types as Megatron expects them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if not kwargs:  # most calls
+            result = func(*args)
+            # Optimizers sort parameters by "torch.cuda.FloatTensor" and friends.
+            is_name = func is torch.Tensor.type and isinstance(result, str)
+            return result.replace("torch.", "torch.cuda.", 1) if is_name else result
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
         if kwargs.get("pin_memory"):  # pinning serves copies to a GPU
             kwargs = {**kwargs, "pin_memory": False}
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str):
-            # Optimizers sort parameters by "torch.cuda.FloatTensor" and friends.
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+        return func(*args, **kwargs)
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

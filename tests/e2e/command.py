@@ -41,6 +41,7 @@ def torchrun(
         printed = []
         for line in process.stdout:
             printed.append(line)
+            print(line, end="")  # a test that runs out of time shows what it has come to
             on_line(process, line)
         code = process.wait(timeout=500)
     return subprocess.CompletedProcess(command, code, stdout="".join(printed), stderr="")

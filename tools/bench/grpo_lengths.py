@@ -76,7 +76,7 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             groups = scripted(step, parsed)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
             times = [time.perf_counter()]
-            tokens = asyncio.run(replay(engine, trajectories))
+            tokens = asyncio.run(replay(engine, trajectories)).tokens
             times.append(time.perf_counter())
             with stopped(engine):
                 grpo_step(policy, reference, groups, config=config, lr=GRPO.lr)

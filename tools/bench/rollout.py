@@ -29,10 +29,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import torch
 from cpu_engine import cpu_engine, go_on, running, stop, stopped
 from hf_loop import TOY_POLICY, TurnLoop
@@ -183,24 +185,43 @@ def median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
 # -- search ---------------------------------------------------------------------------------------
 
 
-async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> int:
-    """The same tokens from the same contexts, turn after turn of each trajectory; nothing is parsed or searched."""
+@dataclass
+class Replayed:
+    """Tokens that came, tokens of all contexts, and how many of those were in the prefix cache."""
 
-    async def one(session: aiohttp.ClientSession, trajectory: Trajectory) -> int:
+    tokens: int = 0
+    context_tokens: int = 0
+    cached_tokens: int = 0
+
+
+async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> Replayed:
+    """The same tokens from the same contexts, turn after turn of each trajectory; nothing is parsed or searched."""
+    found = Replayed()
+
+    async def one(session: aiohttp.ClientSession, trajectory: Trajectory) -> None:
         context = list(trajectory.prompt_ids)
-        tokens = 0
         for span in trajectory.spans:
             if span.author == "policy" and span.token_ids:
                 sampling = {"max_new_tokens": len(span.token_ids), "temperature": 1.0, "ignore_eos": True}
                 body = {"input_ids": context, "return_logprob": True, "sampling_params": sampling}
                 async with session.post(f"{engine.url}/generate", json=body, headers=engine._headers) as response:
-                    answer = json.loads(await response.text())
-                tokens += len(answer["meta_info"]["output_token_logprobs"])
+                    meta = json.loads(await response.text())["meta_info"]
+                found.tokens += len(meta["output_token_logprobs"])
+                found.context_tokens += len(context)
+                found.cached_tokens += meta["cached_tokens"]
             context = [*context, *span.token_ids]
-        return tokens
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        return sum(await asyncio.gather(*(one(session, trajectory) for trajectory in trajectories)))
+        await asyncio.gather(*(one(session, trajectory) for trajectory in trajectories))
+    return found
+
+
+def scheduler_seconds(engine: Engine) -> float:
+    """Processor time that the engine's loop has taken so far."""
+    assert engine._process is not None
+    workers = psutil.Process(engine._process.pid).children(recursive=True)
+    (scheduler,) = (worker for worker in workers if "sglang::scheduler" in " ".join(worker.cmdline()))
+    return sum(scheduler.cpu_times()[:2])
 
 
 class Deck:
@@ -295,7 +316,7 @@ def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                         if engine:
                             engine.flush_cache()
                         started = time.perf_counter()
-                        tokens = asyncio.run(replay(engine, scripts)) if engine else lock_step(hf, scripts)
+                        tokens = asyncio.run(replay(engine, scripts)).tokens if engine else lock_step(hf, scripts)
                         taken = time.perf_counter() - started
                     assert tokens == wanted, (name, tokens, wanted)
                     if repeat:
@@ -337,6 +358,7 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
         for together in parsed.together:
             seconds: dict[str, list[float]] = {"ours": [], "HuggingFace loop": [], "the engine alone": []}
             counts: dict[str, list[int]] = {"ours": [], "HuggingFace loop": []}
+            idle, hits = [], []
             samples = 4
             for repeat in range(parsed.repeats + 1):
                 # Questions nobody has asked before: the retriever remembers answers.
@@ -351,16 +373,18 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 )
                 starts = sampler.starts(asked)
                 engine.flush_cache()
+                busy_s = scheduler_seconds(engine)
                 started = time.perf_counter()
                 groups = sampler.sample(Rollouts(starts, samples), temperature=1.0, seed=repeat)
                 ours_s = time.perf_counter() - started
+                busy_s = scheduler_seconds(engine) - busy_s
                 trajectories = [t for group in groups for t in group.trajectories]
                 engine.flush_cache()
                 started = time.perf_counter()
-                raw_tokens = asyncio.run(replay(engine, trajectories))
+                replayed = asyncio.run(replay(engine, trajectories))
                 raw_s = time.perf_counter() - started
                 own = sum(t.num_policy_tokens for t in trajectories)
-                assert raw_tokens >= own
+                assert replayed.tokens >= own
                 with stopped(engine):
                     longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
                     loop = TurnLoop(hf, config, client, most_new_tokens=longest)
@@ -371,6 +395,8 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 if repeat:
                     for name, taken in zip(seconds, (ours_s, loop_s, raw_s), strict=True):
                         seconds[name].append(taken)
+                    idle.append(1 - busy_s / ours_s)
+                    hits.append(replayed.cached_tokens / replayed.context_tokens)
                     counts["ours"].append(own)
                     counts["HuggingFace loop"].append(sum(t.num_policy_tokens for t in theirs))
             row: dict[str, Any] = {"trajectories": together}
@@ -378,6 +404,8 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 row[f"trajectories/s, {name}"] = round(together / statistics.median(taken_s), 1)
             row["policy tokens/s, ours"] = round(statistics.median(counts["ours"]) / statistics.median(seconds["ours"]))
             row["policy tokens"] = counts
+            row["engine idle, share of the time of ours"] = round(statistics.median(idle), 2)
+            row["context tokens in the prefix cache, share"] = round(statistics.median(hits), 2)
             row["ours over HuggingFace loop"] = median_ratio(seconds["HuggingFace loop"], seconds["ours"])
             row["ours over the engine alone"] = median_ratio(seconds["the engine alone"], seconds["ours"])
             rows.append(row)
