@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
 HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
+PROGRESS_EVERY_S = 10.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
 COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
 
@@ -66,12 +68,17 @@ class Engine:
         request_timeout_s: float = 600.0,
         launch: Callable[[], subprocess.Popen[bytes]] | None = None,
         key: str = "",
+        ports: Sequence[socket.socket] = (),
     ) -> None:
-        """A client of the server at `url` that knows its API key; with `launch`, which starts it, its owner too."""
+        """A client of the server at `url` that knows its API key; with `launch`, which starts it, its owner too.
+
+        `ports` are held for it until `stop`.
+        """
         self.url = url
         self.key = key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.log_path = log_path
+        self._ports = ports
         self._launch = launch
         self._process = launch() if launch else None
         self._request_timeout_s = request_timeout_s
@@ -88,12 +95,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_until_ready(self, *, timeout_s: float, progress: Callable[[float], None] | None = None) -> None:
-        """Returns when the server has generated a first token. `progress` gets the seconds waited so far.
+    def wait_until_ready(self, *, timeout_s: float) -> None:
+        """Returns when the server has generated a first token; meanwhile says now and then that it waits.
 
         A process that is killed meanwhile is started once more: whoever killed it may have had another reason.
         """
         start = time.monotonic()
+        next_report_s = PROGRESS_EVERY_S
         may_restart = self._launch is not None
         while (waited := time.monotonic() - start) < timeout_s:
             if self.has_stopped():
@@ -107,8 +115,10 @@ class Engine:
                     return  # SGLang's warm-up is over
             except requests.RequestException:
                 pass  # not listening yet
-            if progress is not None:
-                progress(waited)
+            if waited > next_report_s:
+                where = f" (log: {self.log_path})" if self.log_path else ""
+                print(f"waiting for the engine at {self.url}, {waited:.0f} s{where}", file=sys.stderr, flush=True)
+                next_report_s += PROGRESS_EVERY_S
             time.sleep(0.1)
         self.stop()
         raise EngineError(
@@ -256,6 +266,8 @@ class Engine:
         atexit.unregister(self.stop)
         self._http.close()
         self._end_process()
+        for port in self._ports:
+            port.close()
 
     def _end_process(self) -> None:
         if self._process is None:
@@ -323,10 +335,12 @@ def start_engine(
     """
     assert threading.current_thread() is threading.main_thread()
     kind, _, index = device.partition(":")
-    port = _free_port(host, port)
+    # For HTTP, and for where the engine's own ranks meet.
+    ports = (_hold_port(host, port), _hold_port("", 0))
+    port, meeting_port = (held.getsockname()[1] for held in ports)
     key = secrets.token_hex(32)  # who may ask it may also give it weights, which are pickles
     command = ["--model-path", str(model_path)]
-    command += ["--host", host, "--port", str(port), "--log-level", "warning"]
+    command += ["--host", host, "--port", str(port), "--nccl-port", str(meeting_port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
     command += ["--grammar-backend", "none", "--custom-weight-loader", COMPARE]
@@ -366,7 +380,7 @@ def start_engine(
         return start_process(command, environment=environment, key=key, log_path=log_path)
 
     url = f"http://{host}:{port}"
-    return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch, key=key)
+    return Engine(url=url, log_path=log_path, request_timeout_s=request_timeout_s, launch=launch, key=key, ports=ports)
 
 
 def parse_completion(body: str) -> Completion:
@@ -407,16 +421,22 @@ def shared(bucket: Bucket) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _free_port(host: str, port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"engine.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"
-            ) from error
-        return probe.getsockname()[1]
+def _hold_port(host: str, port: int) -> socket.socket:
+    """Keeps a port, 0 for a free one, until the socket is closed: a server may still listen at it.
+
+    Between a choice and the server's start lie seconds, in which Linux would give a free port to any connection.
+    It lets two sockets have a port while at most one listens, if both ask for SO_REUSEADDR, as servers do.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        held.bind((host, port))
+    except OSError as error:
+        held.close()
+        raise UserError(
+            f"engine.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"
+        ) from error
+    return held
 
 
 def _group_exists(group: int) -> bool:

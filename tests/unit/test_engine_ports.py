@@ -1,0 +1,49 @@
+"""Ports that an engine is promised before its process listens at them."""
+
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from searche1.rollout import engine
+
+
+@pytest.fixture
+def ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The ports of HTTP and of the ranks' meeting that an engine, which never starts, is given; they are held."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(engine, "start_process", lambda command, **_: commands.append(command))
+    started = engine.start_engine(
+        model_path="model",
+        device="cpu",
+        dtype="float32",
+        tensor=2,
+        port=0,
+        seed=0,
+        mem_fraction=0.2,
+        max_total_tokens=1000,
+        max_running=8,
+        context_length=0,
+        attention_backend="",
+        log_path=tmp_path / "engine.log",
+    )
+    (command,) = commands
+    yield tuple(int(command[command.index(option) + 1]) for option in ("--port", "--nccl-port"))
+    started.stop()
+
+
+def test_nobody_else_gets_a_port_before_the_engine_listens(ports: tuple[int, int]) -> None:
+    for port in ports:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+
+
+def test_the_engine_listens_at_its_ports_and_again_after_a_restart(ports: tuple[int, int]) -> None:
+    http, meeting = ports
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", http)) as server, socket.create_connection(("127.0.0.1", http)):
+            server.accept()[0].close()
+        store = dist.TCPStore("127.0.0.1", meeting, is_master=True, timeout=timedelta(seconds=10))
+        del store
