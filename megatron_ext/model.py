@@ -24,10 +24,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ext.attention import PackedSelfAttention
 from megatron_ext.hf_mapping import ModelShape, local_rules, padded_vocab_size
 from megatron_ext.norm import RMSNorm
 from megatron_ext.parallel import Layout
+from megatron_ext.prefixes import (
+    Prefix,
+    PrefixedSelfAttention,
+    PrefixedSeqParams,
+    prefixed_params,
+    transformer_engine_attention,
+)
 from megatron_ext.vocab_parallel import SAME_BITS_FOR, VocabShard, tile_cuts
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -148,13 +154,12 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import (
             TEColumnParallelLinear,
-            TEDotProductAttention,
             TENorm,
             TERowParallelLinear,
         )
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        norm, attention.core_attention = TENorm, TEDotProductAttention
+        norm, attention.core_attention = TENorm, transformer_engine_attention()
         attention.linear_qkv, attention.linear_proj = TEColumnParallelLinear, TERowParallelLinear
         if config.num_moe_experts:
             module, submodules = TESpecProvider().grouped_mlp_modules(True, False)
@@ -163,7 +168,7 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
             layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
             layer.mlp.submodules.linear_fc2 = TERowParallelLinear
     else:
-        norm, attention.core_attention = RMSNorm, PackedSelfAttention
+        norm, attention.core_attention = RMSNorm, PrefixedSelfAttention
     if config.num_moe_experts:
         # Megatron's router asks whether this is None, and forgets to define it where Transformer Engine is absent.
         moe_utils.__dict__.setdefault("te_general_gemm", None)
@@ -188,6 +193,16 @@ def has_transformer_engine() -> bool:
 
 class HiddenStateModel(GPTModel):
     """A GPT whose last stage returns hidden states: only rows that predict policy tokens reach the head."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Where prompts are shared a response's positions go on from its prompt's: every token has angles of its own.
+
+        Megatron's start from 0 in each sequence.
+        """
+        decoder_input, angles, *others = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if isinstance(kwargs.get("packed_seq_params"), PrefixedSeqParams):
+            angles = angles[position_ids[0]]  # [T, 1, 1, d], from those of positions [max_seqlen, 1, 1, d]
+        return decoder_input, angles, *others
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states  # [T or T/tp under sequence parallelism, 1, H]
@@ -255,13 +270,27 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
     return VocabShard(group, layout.tensor_rank * size, size, shape.vocab_size, cuts)
 
 
-def packed_params(cu_seqlens: Tensor, max_seqlen: int, *, context: int) -> PackedSeqParams:
-    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1]) of whole sequences.
+def why_prompts_repeat(layout: Layout) -> str:
+    """What keeps several responses from sharing one copy of their prompt in a pack; "" if nothing does."""
+    if layout.context > 1:
+        return f"{layout.context} context-parallel ranks cut every sequence into chunks of one size"
+    if layout.device.type != "cpu" and not has_transformer_engine():
+        return "on a GPU it takes Transformer Engine's attention, and the package is not installed"
+    return ""
+
+
+def packed_params(
+    cu_seqlens: Tensor, max_seqlen: int, *, layout: Layout, prefixes: tuple[Prefix, ...] = ()
+) -> PackedSeqParams:
+    """Megatron's description of a packed batch from cumulative lengths (int32 [n + 1], on the host) of its sequences.
 
     Context-parallel ranks need sequences of equal chunks: padding is part of its sequence, and as it comes last nothing
     attends to it. Transformer Engine is told of no padding otherwise, or it would refuse Flash Attention.
     """
-    padded = cu_seqlens if context > 1 else None
+    if prefixes:
+        return prefixed_params(cu_seqlens, max_seqlen, prefixes, device=layout.device)
+    cu_seqlens = cu_seqlens.to(layout.device, non_blocking=True)
+    padded = cu_seqlens if layout.context > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.model import HiddenStateModel, packed_params
 from megatron_ext.parallel import Layout
+from megatron_ext.prefixes import Prefix
 
 # (rows' hidden states [R, H], micro-batch number) -> (scalar loss, anything to keep). Runs on the last stage only.
 RowsFunction = Callable[[Tensor, int], tuple[Tensor, Any]]
@@ -25,22 +26,27 @@ RowsFunction = Callable[[Tensor, int], tuple[Tensor, Any]]
 class MicroBatch:
     """Sequences packed end to end. Padding has no rows: it ends a sequence, or is a last sequence of its own.
 
+    A prompt that several responses share is a sequence, and they are the sequences after it.
+
     Of C context-parallel ranks each holds T/C of the tokens, in the order of `attention.context_positions`.
     """
 
     token_ids: Tensor  # [T/C] int64
-    position_ids: Tensor  # [T/C] int64, from 0 in each sequence
+    position_ids: Tensor  # [T/C] int64, from 0 in each sequence; from the end of its prompt in a response
     cu_seqlens: Tensor  # [n + 1] int32, of the whole pack
-    max_seqlen: int
+    max_seqlen: int  # a response's is that with its prompt
     rows: Tensor  # [R] int64, places among this rank's tokens whose next token is a policy token
+    prefixes: tuple[Prefix, ...] = ()  # prompts that are shared
 
     def to(self, device: torch.device) -> MicroBatch:
+        """Lengths stay on the host, where packs are described."""
         return MicroBatch(
             self.token_ids.to(device, non_blocking=True),
             self.position_ids.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
+            self.cu_seqlens,
             self.max_seqlen,
             self.rows.to(device, non_blocking=True),
+            self.prefixes,
         )
 
 
@@ -76,7 +82,7 @@ def run_schedule(
             batch.token_ids[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, context=layout.context),
+            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, layout=layout, prefixes=batch.prefixes),
         )
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:

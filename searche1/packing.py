@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ext.attention import context_positions
 from megatron_ext.parallel import Layout
+from megatron_ext.prefixes import Prefix
 from megatron_ext.training import MicroBatch
 from searche1.types import Trajectory, UserError
 
@@ -82,6 +83,8 @@ def padded_length(length: int, sharing: Sharing) -> int:
 
 
 ALONE = Sharing()
+MIN_SHARED_PROMPT = 64  # tokens; what a shorter prompt saves is less than its own calls of attention cost
+FAMILIES_PER_RANK = 4  # or samples of one prompt are parted, so that ranks get even shares
 
 
 def sample_of(trajectory: Trajectory, prompt_ids: tuple[int, ...] | None = None) -> Sample:
@@ -148,10 +151,16 @@ def bins_by_budget(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]
 
 
 def pack(
-    samples: Sequence[Sample], weights: Sequence[float], indices: Sequence[int], *, sharing: Sharing = ALONE
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    indices: Sequence[int],
+    *,
+    sharing: Sharing = ALONE,
+    prompts_once: bool = False,
 ) -> PackedBatch:
     """One micro-batch of the named samples, padded so that ranks can share its tokens evenly.
 
+    `prompts_once` has one copy of a long prompt for all samples in a row that have it (`megatron_ext.prefixes`).
     With no indices it is an empty micro-batch: padding only, zero rows.
     """
     token_ids: list[int] = []
@@ -161,25 +170,44 @@ def pack(
     targets: list[int] = []
     row_weight: list[float] = []
     owners: list[int] = []
+    prefixes: list[Prefix] = []
 
-    def add(ids: Sequence[int], multiple: int) -> None:
+    def add(ids: Sequence[int], multiple: int, *, position: int = 0) -> None:
         """A sequence; empty ones too are padded to a whole multiple."""
         length = max(1, -(-len(ids) // multiple)) * multiple
         token_ids.extend([*ids, *(0 for _ in range(length - len(ids)))])
-        positions.extend(range(length))
+        positions.extend(range(position, position + length))
         bounds.append(len(token_ids))
 
-    for index in indices:
+    def add_rows(index: int, *, end: int, own: int) -> None:
+        """The rows of a sample whose prompt ends before place `end` and whose response begins at place `own`."""
         sample = samples[index]
-        assert sample.prompt_ids, "the first response token needs a token before it"
-        first = len(token_ids) + len(sample.prompt_ids) - 1  # this position predicts the first response token
         for k, is_policy in enumerate(sample.policy_mask):
             if is_policy:
-                rows.append(first + k)
+                rows.append(own + k - 1 if k else end - 1)
                 targets.append(sample.response_ids[k])
                 row_weight.append(weights[index])
                 owners.append(index)
-        add((sample.prompt_ids + sample.response_ids)[: sample.num_inputs], sharing.sequence_multiple)
+
+    for prompt_ids, family in itertools.groupby(indices, key=lambda index: samples[index].prompt_ids):
+        assert prompt_ids, "the first response token needs a token before it"
+        members = list(family)
+        start, end = len(token_ids), len(token_ids) + len(prompt_ids)
+        is_shared = prompts_once and len(members) > 1 and len(prompt_ids) >= MIN_SHARED_PROMPT
+        if is_shared:
+            add(prompt_ids, 1)
+        for index in members:
+            sample, here = samples[index], len(token_ids)
+            own = sample.response_ids[: sample.num_inputs - len(prompt_ids)]
+            if is_shared:
+                add_rows(index, end=end, own=here)
+                if own:
+                    add(own, 1, position=len(prompt_ids))
+            else:
+                add_rows(index, end=here + len(prompt_ids), own=here + len(prompt_ids))
+                add(prompt_ids + own, sharing.sequence_multiple)
+        if is_shared and len(token_ids) > end:
+            prefixes.append(Prefix(start, end, len(token_ids)))
     missing = -len(token_ids) % sharing.pack_multiple
     if missing or not token_ids:
         add([0] * missing, sharing.pack_multiple if not token_ids else sharing.sequence_multiple)
@@ -194,8 +222,9 @@ def pack(
         token_ids=torch.tensor(token_ids)[held],
         position_ids=torch.tensor(positions)[held],
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(b - a for a, b in itertools.pairwise(bounds)),
+        max_seqlen=max(positions) + 1,
         rows=row_places[numbers],
+        prefixes=tuple(prefixes),
     )
     return PackedBatch(
         inputs=inputs,
@@ -215,12 +244,46 @@ def make_batches(
     num_ranks: int,
     sharing: Sharing = ALONE,
     attention_cost: float = 0.0,
+    prompts_once: bool = False,
 ) -> list[PackedBatch]:
-    """This data-parallel rank's micro-batches of a mini-batch; at least one, which may be empty."""
-    lengths = [sample.num_inputs for sample in samples]
-    costs = [compute_cost(length, attention_cost) for length in lengths]
+    """This data-parallel rank's micro-batches of a mini-batch; at least one, which may be empty.
+
+    With `prompts_once` samples of one prompt stay together as far as budgets and an even split allow.
+    """
+    total = sum(sample.num_inputs for sample in samples)
+    even = total // (FAMILIES_PER_RANK * num_ranks) if num_ranks > 1 else max_tokens
+    families = families_of(samples, max_tokens=min(max_tokens, even) if prompts_once else 0)
+    lengths = [family_length(samples, family) for family in families]
+    costs = [family_cost(samples, family, attention_cost) for family in families]
     chosen = plan(lengths, costs, max_tokens, sharing, rank=rank, num_ranks=num_ranks)
-    return [pack(samples, weights, members, sharing=sharing) for members in chosen]
+    indices = [[index for k in members for index in families[k]] for members in chosen]
+    return [pack(samples, weights, members, sharing=sharing, prompts_once=prompts_once) for members in indices]
+
+
+def families_of(samples: Sequence[Sample], *, max_tokens: int) -> list[list[int]]:
+    """Samples in a row that have one long prompt, in parts of at most `max_tokens`, or of one sample."""
+    families: list[list[int]] = []
+    for index, sample in enumerate(samples):
+        last = families[-1] if families else []
+        is_same = bool(last) and samples[last[0]].prompt_ids == sample.prompt_ids
+        is_long = len(sample.prompt_ids) >= MIN_SHARED_PROMPT
+        if is_same and is_long and family_length(samples, [*last, index]) <= max_tokens:
+            last.append(index)
+        else:
+            families.append([index])
+    return families
+
+
+def family_length(samples: Sequence[Sample], family: Sequence[int]) -> int:
+    """Tokens of samples that share a prompt."""
+    prompt = len(samples[family[0]].prompt_ids)
+    return prompt + sum(samples[index].num_inputs - prompt for index in family)
+
+
+def family_cost(samples: Sequence[Sample], family: Sequence[int], attention_cost: float) -> float:
+    """As `compute_cost`, of samples that share a prompt."""
+    once = compute_cost(len(samples[family[0]].prompt_ids), attention_cost)
+    return once + sum(compute_cost(samples[index].num_inputs, attention_cost) - once for index in family)
 
 
 def make_pair_batches(

@@ -94,6 +94,36 @@ def test_an_opsd_update_in_bfloat16_lowers_its_loss(layout: Layout, recompute: s
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.skipif(not has_transformer_engine(), reason="needs Transformer Engine")
+def test_a_prompt_that_is_packed_once_gives_the_same_logprobs_and_gradient(layout: Layout) -> None:
+    """Transformer Engine under a mask from the lower right; what a CPU does is in tests/unit/test_prefixes.py."""
+    prompt = tuple(range(3, 103))
+    group = [Sample(prompt, tuple((7 * k + n) % 400 + 3 for k in range(n)), (True,) * n) for n in (40, 1, 90)]
+    weights = row_weights(group, "token_mean")
+
+    def run(wish: str) -> tuple[torch.Tensor, float]:
+        train = TrainConfig(dtype="bfloat16", prompts_once=wish)
+        policy = Policy(model_path=POLICY, layout=layout, train=train, optimizer=OPTIMIZER)
+        once = policy.prompts_once
+        (batch,) = make_batches(group, weights, max_tokens=512, rank=0, num_ranks=1, prompts_once=once)
+        assert bool(batch.inputs.prefixes) == once == (wish == "always")
+        rows = policy.by_sample([batch], policy.logprobs([batch], temperature=1.0), num_samples=3)
+
+        def row_loss(found: TokenLogprobs, rows: slice) -> torch.Tensor:
+            return -(batch.weights.to(layout.device)[rows] * found.logprobs).sum()
+
+        def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            value, _ = policy.token_loss(hidden, batch.targets, row_loss, temperature=1.0)
+            return value, {"loss": value.detach()}
+
+        norm = policy.train_step([batch], loss, lr=1e-3)["grad_norm"]
+        return torch.tensor([x for sample in rows for x in sample]), norm
+
+    once, often = run("always"), run("never")
+    assert (once[0] - often[0]).abs().mean() < 0.05
+    assert once[1] == pytest.approx(often[1], rel=0.02)
+
+
 def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_path: Path) -> None:
     policy = Policy(model_path=POLICY, layout=layout, train=TrainConfig(dtype="float32"), optimizer=OPTIMIZER)
     packed = batches(layout)

@@ -20,7 +20,7 @@ from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
 from searche1.opsd import TrainedPair, opsd_step, token_kls
-from searche1.packing import Sample
+from searche1.packing import MIN_SHARED_PROMPT, Sample
 from searche1.policy import Policy, read_shape
 from searche1.types import Group, Question, Span, Trajectory
 
@@ -37,20 +37,22 @@ def ids(generator: random.Random, count: int) -> tuple[int, ...]:
     return tuple(generator.randrange(VOCAB) for _ in range(count))
 
 
-def trajectory(generator: random.Random) -> Trajectory:
+def trajectory(generator: random.Random, prompt: tuple[int, ...] = ()) -> Trajectory:
     def policy(kind: str) -> Span:
         tokens = ids(generator, generator.randrange(3, 9))
         return Span("policy", kind, tokens, (-5.0,) * len(tokens), "")
 
     seen = Span("environment", "information", ids(generator, generator.randrange(4, 12)), (), "")
-    return Trajectory(ids(generator, 6), (policy("search"), seen, policy("answer")), "answered")
+    return Trajectory(prompt or ids(generator, 6), (policy("search"), seen, policy("answer")), "answered")
 
 
 def groups(generator: random.Random) -> list[Group]:
+    """Prompts of two groups are long enough to be packed once, where no context ranks cut them."""
+    prompts = (ids(generator, MIN_SHARED_PROMPT), ids(generator, MIN_SHARED_PROMPT + 5), ())
     return [
         Group(
             Question(str(k), "q?", ("a",), "toy"),
-            tuple(trajectory(generator) for _ in range(4)),
+            tuple(trajectory(generator, prompts[k]) for _ in range(4)),
             tuple(float(generator.random() < 0.5) for _ in range(4)),
         )
         for k in range(3)

@@ -139,7 +139,7 @@ def saved_bytes(case):
             batch.token_ids[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, context=1),
+            packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, layout=layout),
         )
     close_parallel()
     return sum(storage.nbytes() for storage in kept.values())

@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.attention import context_positions
+from megatron_ext.prefixes import Prefix
+from searche1 import packing
 from searche1.packing import (
     ALONE,
     Sample,
     Sharing,
     bins_by_budget,
     compute_cost,
+    families_of,
+    family_cost,
+    family_length,
     make_batches,
     make_pair_batches,
     pack,
@@ -28,6 +35,13 @@ from searche1.types import Span, Trajectory, UserError
 
 # Prompts, the policy and the environment use ids of their own, so that an id tells where it came from.
 PROMPT, POLICY, ENVIRONMENT = range(1, 100), range(100, 200), range(200, 300)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_prompts_are_shared() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "MIN_SHARED_PROMPT", 1)
+        yield
 
 
 def ids(of, *, min_size=1, max_size=6):
@@ -46,13 +60,20 @@ def drawn_sample(draw):
     return Sample(tuple(prompt), tuple(response), tuple(mask))
 
 
-drawn_samples = st.lists(drawn_sample(), min_size=1, max_size=8)
+@st.composite
+def drawn_family(draw):
+    first, *others = draw(st.lists(drawn_sample(), min_size=1, max_size=4))
+    return [first, *(replace(other, prompt_ids=first.prompt_ids) for other in others)]
+
+
+drawn_samples = st.lists(drawn_family(), min_size=1, max_size=4).map(lambda families: [*itertools.chain(*families)])
 splits = st.fixed_dictionaries(
     {
         "max_tokens": st.integers(48, 200),
         "sharing": st.sampled_from([Sharing(sequence=multiple) for multiple in (1, 2, 4)]),
         "num_ranks": st.integers(1, 4),
         "attention_cost": st.sampled_from([0.0, 0.1]),
+        "prompts_once": st.booleans(),
     }
 )
 norms = st.sampled_from(["token_mean", "sequence_mean"])
@@ -70,10 +91,11 @@ def on_all_ranks(samples, weights, *, num_ranks, **split):
 def predicted_tokens(batch):
     """(context, target, weight, sample) of each row: what the model sees there and what it must say next."""
     token_ids, bounds = batch.inputs.token_ids.tolist(), batch.inputs.cu_seqlens.tolist()
+    prompts = {row: token_ids[p.start : p.end] for p in batch.inputs.prefixes for row in range(p.end, p.last)}
     columns = (batch.inputs.rows, batch.targets, batch.weights, batch.sample_of_row)
     for row, target, weight, owner in zip(*(c.tolist() for c in columns), strict=True):
         start = max(bound for bound in bounds if bound <= row)
-        yield tuple(token_ids[start : row + 1]), target, weight, owner
+        yield (*prompts.get(row, ()), *token_ids[start : row + 1]), target, weight, owner
 
 
 def policy_tokens(samples):
@@ -101,15 +123,49 @@ def test_no_environment_token_is_ever_a_target(samples, split):
 
 
 @given(samples=drawn_samples, split=splits)
-def test_a_packs_sequences_are_whole_start_at_position_zero_and_fit(samples, split):
+def test_a_packs_sequences_are_whole_start_at_position_zero_or_behind_their_prompt_and_fit(samples, split):
     for batch in on_all_ranks(samples, row_weights(samples, "token_mean"), **split):
         inputs, bounds = batch.inputs, batch.inputs.cu_seqlens.tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        prompts = {start: p.end - p.start for p in inputs.prefixes for start in bounds if p.end <= start < p.last}
+        assert split["prompts_once"] or not prompts
+        firsts = [prompts.get(start, 0) for start in bounds[:-1]]
         assert bounds[0] == 0 and bounds[-1] == len(inputs.token_ids) == len(inputs.position_ids)
-        assert min(lengths) > 0 and inputs.max_seqlen == max(lengths)
-        assert inputs.position_ids.tolist() == [p for length in lengths for p in range(length)]
+        assert min(lengths) > 0
+        assert inputs.max_seqlen == max(first + length for first, length in zip(firsts, lengths, strict=True))
+        expected = [p for first, length in zip(firsts, lengths, strict=True) for p in range(first, first + length)]
+        assert inputs.position_ids.tolist() == expected
         assert len(inputs.token_ids) % split["sharing"].pack_multiple == 0
         assert len(inputs.token_ids) <= split["max_tokens"]
+
+
+def test_samples_of_one_prompt_read_it_once():
+    prompt = tuple(range(1, 9))
+    samples = [Sample(prompt, tuple(range(100, 100 + n)), (True,) * n) for n in (3, 1, 5)]
+    batch = pack(samples, [1.0] * 3, [0, 1, 2], prompts_once=True)
+    # The last response token is read by nobody, so the second sample has a row and no token of its own.
+    assert batch.inputs.token_ids.tolist() == [*prompt, 100, 101, 100, 101, 102, 103]
+    assert batch.inputs.cu_seqlens.tolist() == [0, 8, 10, 14]
+    assert batch.inputs.prefixes == (Prefix(0, 8, 14),)
+    assert batch.inputs.rows.tolist() == [7, 8, 9, 7, 7, 10, 11, 12, 13]
+    assert batch.sample_of_row.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2]
+
+
+def test_families_are_parted_where_ranks_or_the_budget_need_it():
+    samples = [Sample((1,) * 10, (100,) * 11, (True,) * 11)] * 8
+    assert families_of(samples, max_tokens=50) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert families_of(samples, max_tokens=0) == [[k] for k in range(8)]
+    assert family_length(samples, [0, 1, 2, 3]) == 50
+    assert family_cost(samples, [0, 1], 0.5) == compute_cost(20, 0.5) * 2 - compute_cost(10, 0.5)
+    batches = on_all_ranks(samples, [1.0] * 8, num_ranks=4, max_tokens=1000, prompts_once=True)
+    assert [len(set(batch.sample_of_row.tolist())) for batch in batches] == [2] * 4
+
+
+def test_a_short_prompt_is_not_shared(monkeypatch):
+    monkeypatch.setattr(packing, "MIN_SHARED_PROMPT", 9)
+    samples = [Sample((1,) * 8, (100, 101), (True, True))] * 2
+    assert families_of(samples, max_tokens=1000) == [[0], [1]]
+    assert pack(samples, [1.0] * 2, [0, 1], prompts_once=True).inputs.prefixes == ()
 
 
 def test_nothing_behind_the_last_target_is_read():

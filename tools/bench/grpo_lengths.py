@@ -85,7 +85,9 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             send_weights(buckets, [link], version=str(step), is_exact=False)
             times.append(time.perf_counter())
             lengths = [len(t.prompt_ids) + len(t.response_ids) for t in trajectories]
+            repeated = [len(group.trajectories[0].prompt_ids) for group in groups] * (parsed.group - 1)
             forward = sum(layer_flops(policy.shape, n, n) for n in lengths) + head_flops(policy.shape, tokens)
+            forward -= sum(layer_flops(policy.shape, n, n) for n in repeated)  # prompts are computed once a group
             phases = zip(("rollout", "train", "sync"), times[1:], times[:-1], strict=True)
             rows.append({"tokens": tokens, "seconds": times[-1] - times[0], **{n: b - a for n, b, a in phases}})
             rows[-1]["gflop_per_s"] = 4 * forward / rows[-1]["train"] / 1e9  # reference, forward, twice that back
