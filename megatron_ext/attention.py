@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 MOST_PADDED_TOKENS = 4096  # of short sequences that are attended to in one call
+LONGEST_PADDED = 128  # tokens; what a longer sequence's padding costs is more than its own call
 
 
 def context_positions(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
@@ -41,10 +42,14 @@ def context_positions(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
 
 
 def together(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Consecutive lengths whose padded size, count times longest, stays within `max_tokens`; at least one each."""
+    """Consecutive lengths up to LONGEST_PADDED whose padded size, count times longest, stays within `max_tokens`.
+
+    At least one each: longer ones are alone.
+    """
     parts: list[list[int]] = []
     for length in lengths:
-        if parts and (len(parts[-1]) + 1) * max(length, *parts[-1]) <= max_tokens:
+        longest = max(length, *parts[-1]) if parts else length
+        if parts and longest <= LONGEST_PADDED and (len(parts[-1]) + 1) * longest <= max_tokens:
             parts[-1].append(length)
         else:
             parts.append([length])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from one_policy import ADAM, TRAIN, likelihood_loss, samples
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext.attention import together
 from megatron_ext.model import why_prompts_repeat
 from megatron_ext.prefixes import Prefix, PrefixedSelfAttention, copied_keys, prefixed_params
 from searche1.packing import Sample, make_batches, row_weights
@@ -59,6 +60,12 @@ def test_attention_and_its_gradient_are_those_under_a_dense_mask(tensors, most_p
     theirs = torch.autograd.grad(expected, inputs, gradient.double())
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_short_neighbours_are_padded_together_and_long_ones_are_alone():
+    lengths = [100, 120, 100, 129, 300, 50, 60, 128]
+    assert together(lengths, max_tokens=256) == [[100, 120], [100], [129], [300], [50, 60], [128]]
+    assert together(lengths, max_tokens=4096) == [[100, 120, 100], [129], [300], [50, 60, 128]]
 
 
 def test_copies_of_the_prompts_keys_and_a_mask_from_the_lower_right_are_the_same(tensors):

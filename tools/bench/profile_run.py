@@ -74,7 +74,7 @@ def count(lines: list[str]) -> str:
 
 def part_of(stack: str) -> str:
     """Names of processes come and go while they start; what they run says more."""
-    if "/engine_server.py" in stack or "sglang::" in stack:
+    if "/engine_server.py" in stack or "/sglang/" in stack or "sglang::" in stack:
         return "engine"
     return "retriever" if re.search(r"process \d+:[^;]* retriever ", stack) else "trainer"
 
