@@ -28,10 +28,10 @@ from megatron_ext.hf_mapping import ModelShape, local_rules, padded_vocab_size
 from megatron_ext.norm import RMSNorm
 from megatron_ext.parallel import Layout
 from megatron_ext.prefixes import (
+    PackParams,
     Prefix,
     PrefixedSelfAttention,
-    PrefixedSeqParams,
-    prefixed_params,
+    pack_params,
     transformer_engine_attention,
 )
 from megatron_ext.vocab_parallel import SAME_BITS_FOR, VocabShard, tile_cuts
@@ -195,12 +195,12 @@ class HiddenStateModel(GPTModel):
     """A GPT whose last stage returns hidden states: only rows that predict policy tokens reach the head."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Where prompts are shared a response's positions go on from its prompt's: every token has angles of its own.
+        """Every token gets the angle of its own position; in Megatron a sequence's positions start from 0.
 
-        Megatron's start from 0 in each sequence.
+        A response's go on from the end of its prompt, which may be a sequence of its own.
         """
         decoder_input, angles, *others = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if isinstance(kwargs.get("packed_seq_params"), PrefixedSeqParams):
+        if isinstance(kwargs.get("packed_seq_params"), PackParams):
             angles = angles[position_ids[0]]  # [T, 1, 1, d], from those of positions [max_seqlen, 1, 1, d]
         return decoder_input, angles, *others
 
@@ -270,7 +270,7 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
     return VocabShard(group, layout.tensor_rank * size, size, shape.vocab_size, cuts)
 
 
-def why_prompts_repeat(layout: Layout) -> str:
+def why_no_shared_prefix(layout: Layout) -> str:
     """What keeps several responses from sharing one copy of their prompt in a pack; "" if nothing does."""
     if layout.context > 1:
         return f"{layout.context} context-parallel ranks cut every sequence into chunks of one size"
@@ -287,16 +287,15 @@ def packed_params(
     Context-parallel ranks need sequences of equal chunks: padding is part of its sequence, and as it comes last nothing
     attends to it. Transformer Engine is told of no padding otherwise, or it would refuse Flash Attention.
     """
-    if prefixes:
-        return prefixed_params(cu_seqlens, max_seqlen, prefixes, device=layout.device)
+    if layout.context == 1:
+        return pack_params(cu_seqlens, max_seqlen, device=layout.device, prefixes=prefixes)
     cu_seqlens = cu_seqlens.to(layout.device, non_blocking=True)
-    padded = cu_seqlens if layout.context > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )

@@ -37,35 +37,47 @@ class Prefix:
 
 
 @dataclass
-class PrefixedSeqParams(PackedSeqParams):
-    """A packed batch of prompts and responses, each a sequence of `cu_seqlens_q`, and which belong together.
+class PackParams(PackedSeqParams):
+    """A pack in which every token has a rotary angle of its own (`HiddenStateModel`), and prompts may be shared.
 
-    Megatron turns all tokens by their own angles: to it, the padded lengths say, they are one sequence.
+    Megatron is told by the padded lengths, which stay on the host, that all tokens are one sequence: from a GPU it
+    would read the lengths of the sequences in every layer.
     """
 
     prefixes: tuple[Prefix, ...] = ()
-    key_places: Tensor | None = None  # on a GPU, `copied_keys`
+    key_places: Tensor | None = None  # on a GPU where prompts are shared: `copied_keys`
     cu_seqlens_of_keys: Tensor | None = None
 
+    def without_padding(self) -> PackedSeqParams:
+        """What there really is: sequences without padding."""
+        return PackedSeqParams(
+            qkv_format=self.qkv_format,
+            cu_seqlens_q=self.cu_seqlens_q,
+            cu_seqlens_kv=self.cu_seqlens_kv,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_kv=self.max_seqlen_kv,
+        )
 
-def prefixed_params(
-    cu_seqlens: Tensor, max_seqlen: int, prefixes: tuple[Prefix, ...], *, device: torch.device
-) -> PrefixedSeqParams:
+
+def pack_params(
+    cu_seqlens: Tensor, max_seqlen: int, *, device: torch.device, prefixes: tuple[Prefix, ...] = ()
+) -> PackParams:
     """`cu_seqlens` int32 [n + 1] on the host, `max_seqlen` of a response with its prompt. No context parallelism."""
-    whole = cu_seqlens[[0, -1]]  # stays on the host: Megatron reads it in every layer
-    places, of_keys = (None, None) if device.type == "cpu" else copied_keys(cu_seqlens, prefixes)
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    return PrefixedSeqParams(
+    whole = cu_seqlens[[0, -1]]
+    on_device = cu_seqlens.to(device, non_blocking=True)
+    is_copied = bool(prefixes) and device.type != "cpu"
+    places, of_keys = copied_keys(cu_seqlens, prefixes, device=device) if is_copied else (None, None)
+    return PackParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
         cu_seqlens_q_padded=whole,
         cu_seqlens_kv_padded=whole,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
         prefixes=prefixes,
-        key_places=None if places is None else places.to(device, non_blocking=True),
-        cu_seqlens_of_keys=None if of_keys is None else of_keys.to(device, non_blocking=True),
+        key_places=places,
+        cu_seqlens_of_keys=of_keys,
     )
 
 
@@ -83,19 +95,19 @@ class _Call:
     padded: Tensor | None = None
     kept: Tensor | None = None
 
-    def take(self, x: Tensor, rows: slice) -> Tensor:
+    def pad(self, x: Tensor, rows: slice) -> Tensor:
         """[T, h, ...] -> [count, h, longest, ...]."""
         part = x[rows] if self.padded is None else x[rows].index_select(0, self.padded)
         return part.unflatten(0, (self.count, -1)).transpose(1, 2)
 
-    def take_gradient(self, x: Tensor) -> Tensor:
-        """As `take` of queries, with zeros for padding, which nobody looks at."""
+    def pad_gradient(self, x: Tensor) -> Tensor:
+        """As `pad` of queries, with zeros for padding, which nobody looks at."""
         part = x[self.queries]
         if self.padded is not None and self.kept is not None:
             part = part.new_zeros(len(self.padded), *part.shape[1:]).index_copy_(0, self.kept, part)
         return part.unflatten(0, (self.count, -1)).transpose(1, 2)
 
-    def untake(self, x: Tensor) -> Tensor:
+    def unpad(self, x: Tensor) -> Tensor:
         """[count, h, longest, ...] -> [tokens, h, ...]."""
         part = x.transpose(1, 2).flatten(0, 1)
         return part if self.kept is None else part.index_select(0, self.kept)
@@ -124,14 +136,13 @@ class _PrefixedAttention(torch.autograd.Function):
         output = torch.empty_like(query)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # [T, h]
         for call in calls:
-            q, k, v = call.take(query, call.queries), call.take(key, call.keys), call.take(value, call.keys)
-            found, found_lse = (call.untake(x) for x in _attend(q, k, v, is_causal=call.is_causal, scale=scale))
+            q, k, v = call.pad(query, call.queries), call.pad(key, call.keys), call.pad(value, call.keys)
+            found, found_lse = (call.unpad(x) for x in _attend(q, k, v, is_causal=call.is_causal, scale=scale))
             if not call.is_causal:
                 ours, theirs = lse[call.queries], found_lse
                 found_lse = torch.logaddexp(ours, theirs)
-                found = output[call.queries] * (ours - found_lse).exp()[..., None] + found * (
-                    theirs - found_lse
-                ).exp().unsqueeze(-1)
+                shares = ((part - found_lse).exp()[..., None] for part in (ours, theirs))  # of the merged softmax
+                found = output[call.queries] * next(shares) + found * next(shares)
             output[call.queries], lse[call.queries] = found, found_lse
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.calls, ctx.scale = calls, scale
@@ -144,19 +155,19 @@ class _PrefixedAttention(torch.autograd.Function):
         of_query, of_key, of_value = (torch.zeros_like(x) for x in (query, key, value))
         for call in ctx.calls:
             of_q, of_k, of_v = _attend_backward(
-                call.take_gradient(gradient),
-                call.take(query, call.queries),
-                call.take(key, call.keys),
-                call.take(value, call.keys),
-                call.take(output, call.queries),
-                call.take(lse, call.queries),
+                call.pad_gradient(gradient),
+                call.pad(query, call.queries),
+                call.pad(key, call.keys),
+                call.pad(value, call.keys),
+                call.pad(output, call.queries),
+                call.pad(lse, call.queries),
                 0.0,
                 call.is_causal,
                 scale=ctx.scale,
             )
-            of_query[call.queries] += call.untake(of_q)
-            of_key[call.keys] += call.untake(of_k)
-            of_value[call.keys] += call.untake(of_v)
+            of_query[call.queries] += call.unpad(of_q)
+            of_key[call.keys] += call.unpad(of_k)
+            of_value[call.keys] += call.unpad(of_v)
         return of_query, of_key, of_value, None, None
 
 
@@ -166,7 +177,7 @@ class PrefixedSelfAttention(PackedSelfAttention):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, packed_seq_params: Any = None, **options: Any
     ) -> Tensor:  # [T, h, d], [T, g, d], [T, g, d] -> [T, h * d]
-        if not isinstance(packed_seq_params, PrefixedSeqParams):
+        if not isinstance(packed_seq_params, PackParams) or not packed_seq_params.prefixes:
             return super().forward(query, key, value, *arguments, packed_seq_params=packed_seq_params, **options)
         heads_of_key = query.shape[1] // key.shape[1]
         keys, values = (x.repeat_interleave(heads_of_key, dim=1) for x in (key, value))  # the kernel knows no groups
@@ -178,10 +189,10 @@ class PrefixedSelfAttention(PackedSelfAttention):
 # -- on GPUs --------------------------------------------------------------------------------------
 
 
-def copied_keys(cu_seqlens: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor, Tensor]:
+def copied_keys(cu_seqlens: Tensor, prefixes: Sequence[Prefix], *, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the keys of each sequence are when every response has its prompt's in front of its own.
 
-    Returns places int64 [S] and cumulative lengths int32 [n + 1]. `cu_seqlens` [n + 1] and results are on the host.
+    `cu_seqlens` int32 [n + 1] on the host. Returns places int64 [S] and cumulative lengths int32 [n + 1] on `device`.
     """
     places, lengths = [], []
     following = iter([*prefixes, None])
@@ -194,7 +205,8 @@ def copied_keys(cu_seqlens: Tensor, prefixes: Sequence[Prefix]) -> tuple[Tensor,
         seen = torch.cat([torch.arange(prefix.start, prefix.end), own]) if prefix and is_response else own
         places.append(seen)
         lengths.append(len(seen))
-    return torch.cat(places), F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+    bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+    return torch.cat(places).to(device, non_blocking=True), bounds.to(device, non_blocking=True)
 
 
 @functools.cache
@@ -217,10 +229,11 @@ def transformer_engine_attention() -> type[torch.nn.Module]:
             **options: Any,
         ) -> Tensor:
             params = packed_seq_params
-            if not isinstance(params, PrefixedSeqParams):
+            if not isinstance(params, PackParams) or params.key_places is None:
+                if isinstance(params, PackParams):
+                    params = params.without_padding()
                 return super().forward(query, key, value, *arguments, packed_seq_params=params, **options)
             places = params.key_places
-            assert places is not None
             return te.DotProductAttention.forward(
                 self,
                 query,

@@ -79,7 +79,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 on a GPU (main parameters float32), else float32
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included; 0: what the GPU's memory holds
     recompute: str = "none"  # activation recompute: none, selective, full; auto: the least that fits the GPU
-    prompts_once: str = "auto"  # pack a group's prompt once: auto (on a CPU), always or never
+    share_prefix: str = "auto"  # pack a group's prompt once: auto (on a CPU), always or never
     offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), always or never
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
@@ -318,7 +318,7 @@ CHOICES = {
     "run.device": ("auto", "cpu", "cuda"),
     "train.dtype": ("auto", "float32", "bfloat16"),
     "train.recompute": ("none", "selective", "full", "auto"),
-    "train.prompts_once": ("auto", "always", "never"),
+    "train.share_prefix": ("auto", "always", "never"),
     "train.offload": ("auto", "always", "never"),
     "train.loss_mode": ("chunked", "recompute", "materialized"),
     "engine.verify_sync": ("probe", "exact"),

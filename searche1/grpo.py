@@ -305,7 +305,7 @@ def grpo_step(
             num_ranks=layout.data,
             sharing=sharing_of(layout),
             attention_cost=attention_cost(policy.shape),
-            prompts_once=policy.prompts_once,
+            share_prefix=policy.share_prefix,
         )
         packed.append((part, batches))
     # Before the first update the policy is still the old one, and the update's own forward pass finds its logprobs.

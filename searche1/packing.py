@@ -83,7 +83,7 @@ def padded_length(length: int, sharing: Sharing) -> int:
 
 
 ALONE = Sharing()
-MIN_SHARED_PROMPT = 64  # tokens; what a shorter prompt saves is less than its own calls of attention cost
+MIN_SHARED_PREFIX = 64  # tokens; what a shorter prompt saves is less than its own calls of attention cost
 FAMILIES_PER_RANK = 4  # or samples of one prompt are parted, so that ranks get even shares
 
 
@@ -156,11 +156,11 @@ def pack(
     indices: Sequence[int],
     *,
     sharing: Sharing = ALONE,
-    prompts_once: bool = False,
+    share_prefix: bool = False,
 ) -> PackedBatch:
     """One micro-batch of the named samples, padded so that ranks can share its tokens evenly.
 
-    `prompts_once` has one copy of a long prompt for all samples in a row that have it (`megatron_ext.prefixes`).
+    `share_prefix` has one copy of a long prompt for all samples in a row that have it (`megatron_ext.prefixes`).
     With no indices it is an empty micro-batch: padding only, zero rows.
     """
     token_ids: list[int] = []
@@ -193,7 +193,7 @@ def pack(
         assert prompt_ids, "the first response token needs a token before it"
         members = list(family)
         start, end = len(token_ids), len(token_ids) + len(prompt_ids)
-        is_shared = prompts_once and len(members) > 1 and len(prompt_ids) >= MIN_SHARED_PROMPT
+        is_shared = share_prefix and len(members) > 1 and len(prompt_ids) >= MIN_SHARED_PREFIX
         if is_shared:
             add(prompt_ids, 1)
         for index in members:
@@ -244,20 +244,20 @@ def make_batches(
     num_ranks: int,
     sharing: Sharing = ALONE,
     attention_cost: float = 0.0,
-    prompts_once: bool = False,
+    share_prefix: bool = False,
 ) -> list[PackedBatch]:
     """This data-parallel rank's micro-batches of a mini-batch; at least one, which may be empty.
 
-    With `prompts_once` samples of one prompt stay together as far as budgets and an even split allow.
+    With `share_prefix` samples of one prompt stay together as far as budgets and an even split allow.
     """
     total = sum(sample.num_inputs for sample in samples)
     even = total // (FAMILIES_PER_RANK * num_ranks) if num_ranks > 1 else max_tokens
-    families = families_of(samples, max_tokens=min(max_tokens, even) if prompts_once else 0)
+    families = families_of(samples, max_tokens=min(max_tokens, even) if share_prefix else 0)
     lengths = [family_length(samples, family) for family in families]
     costs = [family_cost(samples, family, attention_cost) for family in families]
     chosen = plan(lengths, costs, max_tokens, sharing, rank=rank, num_ranks=num_ranks)
     indices = [[index for k in members for index in families[k]] for members in chosen]
-    return [pack(samples, weights, members, sharing=sharing, prompts_once=prompts_once) for members in indices]
+    return [pack(samples, weights, members, sharing=sharing, share_prefix=share_prefix) for members in indices]
 
 
 def families_of(samples: Sequence[Sample], *, max_tokens: int) -> list[list[int]]:
@@ -266,7 +266,7 @@ def families_of(samples: Sequence[Sample], *, max_tokens: int) -> list[list[int]
     for index, sample in enumerate(samples):
         last = families[-1] if families else []
         is_same = bool(last) and samples[last[0]].prompt_ids == sample.prompt_ids
-        is_long = len(sample.prompt_ids) >= MIN_SHARED_PROMPT
+        is_long = len(sample.prompt_ids) >= MIN_SHARED_PREFIX
         if is_same and is_long and family_length(samples, [*last, index]) <= max_tokens:
             last.append(index)
         else:

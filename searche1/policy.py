@@ -37,7 +37,7 @@ from megatron_ext.lora import (
     attach_adapters,
     peft_config,
 )
-from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard, why_prompts_repeat
+from megatron_ext.model import ModelSettings, build_model, transformer_config, vocab_shard, why_no_shared_prefix
 from megatron_ext.offload import HostOffload
 from megatron_ext.optimizer import OptimizerSettings, apply_update, build_optimizer, optimizer_tensors
 from megatron_ext.parallel import Layout, context_group, pipeline_group, pipeline_last_rank, replica_group
@@ -64,8 +64,8 @@ def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
         transformer_config(read_shape(model_path), model_settings(train, layout), layout)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if train.prompts_once == "always" and (reason := why_prompts_repeat(layout)):
-        raise UserError(f"train.prompts_once=always is not possible here: {reason}; set it to auto or never")
+    if train.share_prefix == "always" and (reason := why_no_shared_prefix(layout)):
+        raise UserError(f"train.share_prefix=always is not possible here: {reason}; set it to auto or never")
 
 
 def read_shape(model_path: Path) -> ModelShape:
@@ -122,8 +122,8 @@ class Policy:
         self.version = 0  # counts updates; every completion carries the version that sampled it
         self._train = train
         # On GPUs it asks Transformer Engine for a mask that no GPU of this project has tried: only when told to.
-        wish = {"auto": layout.device.type == "cpu", "always": True, "never": False}[train.prompts_once]
-        self.prompts_once = wish and not why_prompts_repeat(layout)
+        wish = {"auto": layout.device.type == "cpu", "always": True, "never": False}[train.share_prefix]
+        self.share_prefix = wish and not why_no_shared_prefix(layout)
         self.dtype = choose_dtype(train.dtype, layout.device.type)
         try:
             self.shape = read_shape(model_path)

@@ -15,7 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from searche1.retrieval.listen import address, bind
+from searche1.ports import hold_port
+from searche1.retrieval.listen import address
 from searche1.types import UserError
 
 PROGRESS_EVERY_S = 10.0
@@ -106,7 +107,7 @@ def launch_retriever(
     options["threads"] = threads
     command = [sys.executable, "-m", "searche1", "retriever"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    bound = bind("127.0.0.1", port)
+    bound = hold_port("127.0.0.1", port, setting="the retriever's port")
     log_start = log_path.stat().st_size if log_path.exists() else 0
 
     def start() -> subprocess.Popen[bytes]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import uvicorn
 
+from searche1.ports import hold_port
 from searche1.retrieval.app import MAX_TOPK, Limits, create_app
 from searche1.retrieval.backend import Backend
-from searche1.retrieval.listen import address, bind, is_loopback
+from searche1.retrieval.listen import address, is_loopback
 from searche1.retrieval.local import LocalSettings, open_local
 from searche1.retrieval.monitor import Monitor
 from searche1.retrieval.reranking import RerankSettings, open_reranked
@@ -93,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # they take turns on the same cores
     try:
         settings = _settings(arguments)
-        bound = socket.socket(fileno=arguments.fd) if arguments.fd != -1 else bind(arguments.host, arguments.port)
+        if arguments.fd != -1:
+            bound = socket.socket(fileno=arguments.fd)
+        else:
+            bound = hold_port(arguments.host, arguments.port, setting="--port")
         serve(settings, bound)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

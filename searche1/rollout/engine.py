@@ -32,6 +32,7 @@ import torch
 import torch.multiprocessing  # registers how tensors travel between processes
 
 from megatron_ext.buckets import Bucket
+from searche1.ports import hold_port
 from searche1.rollout.engine_process import engine_environment, start_process
 from searche1.types import Completion, UserError
 
@@ -336,7 +337,7 @@ def start_engine(
     assert threading.current_thread() is threading.main_thread()
     kind, _, index = device.partition(":")
     # For HTTP, and for where the engine's own ranks meet.
-    ports = (_hold_port(host, port), _hold_port("", 0))
+    ports = (hold_port(host, port, setting="engine.port"), hold_port("", 0, setting="engine.port"))
     port, meeting_port = (held.getsockname()[1] for held in ports)
     key = secrets.token_hex(32)  # who may ask it may also give it weights, which are pickles
     command = ["--model-path", str(model_path)]
@@ -419,24 +420,6 @@ def shared(bucket: Bucket) -> str:
     finally:
         torch.multiprocessing.set_sharing_strategy(sharing)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _hold_port(host: str, port: int) -> socket.socket:
-    """Keeps a port, 0 for a free one, until the socket is closed: a server may still listen at it.
-
-    Between a choice and the server's start lie seconds, in which Linux would give a free port to any connection.
-    It lets two sockets have a port while at most one listens, if both ask for SO_REUSEADDR, as servers do.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        held.bind((host, port))
-    except OSError as error:
-        held.close()
-        raise UserError(
-            f"engine.port {port} is taken ({error.strerror}); choose another, or 0 for a free one"
-        ) from error
-    return held
 
 
 def _group_exists(group: int) -> bool:

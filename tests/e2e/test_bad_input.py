@@ -129,7 +129,7 @@ def test_a_taken_port_is_told(toy_world: Path, tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         arguments = [*settings(toy_world, tmp_path / "run"), f"engine.port={port}"]
-        assert f"{port} is taken" in refused("cycle", "--config", FAST, *arguments)
+        assert f"engine.port: cannot listen on 127.0.0.1:{port}" in refused("cycle", "--config", FAST, *arguments)
 
 
 def test_continuing_a_run_with_other_settings_is_refused(

@@ -363,7 +363,7 @@ def test_a_taken_port_is_told_before_anything_starts(folder, tmp_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"engine.port {port} is taken"):
+        with pytest.raises(UserError, match=f"engine.port: cannot listen on 127.0.0.1:{port}.*choose another port"):
             start_engine(**{**start_options(folder, tmp_path / "log"), "port": port})
 
 

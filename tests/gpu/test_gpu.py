@@ -102,10 +102,10 @@ def test_a_prompt_that_is_packed_once_gives_the_same_logprobs_and_gradient(layou
     weights = row_weights(group, "token_mean")
 
     def run(wish: str) -> tuple[torch.Tensor, float]:
-        train = TrainConfig(dtype="bfloat16", prompts_once=wish)
+        train = TrainConfig(dtype="bfloat16", share_prefix=wish)
         policy = Policy(model_path=POLICY, layout=layout, train=train, optimizer=OPTIMIZER)
-        once = policy.prompts_once
-        (batch,) = make_batches(group, weights, max_tokens=512, rank=0, num_ranks=1, prompts_once=once)
+        once = policy.share_prefix
+        (batch,) = make_batches(group, weights, max_tokens=512, rank=0, num_ranks=1, share_prefix=once)
         assert bool(batch.inputs.prefixes) == once == (wish == "always")
         rows = policy.by_sample([batch], policy.logprobs([batch], temperature=1.0), num_samples=3)
 

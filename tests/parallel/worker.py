@@ -20,7 +20,7 @@ from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from searche1.config import Config, GRPOConfig, OPSDConfig, TrainConfig
 from searche1.grpo import grpo_step
 from searche1.opsd import TrainedPair, opsd_step, token_kls
-from searche1.packing import MIN_SHARED_PROMPT, Sample
+from searche1.packing import MIN_SHARED_PREFIX, Sample
 from searche1.policy import Policy, read_shape
 from searche1.types import Group, Question, Span, Trajectory
 
@@ -48,7 +48,7 @@ def trajectory(generator: random.Random, prompt: tuple[int, ...] = ()) -> Trajec
 
 def groups(generator: random.Random) -> list[Group]:
     """Prompts of two groups are long enough to be packed once, where no context ranks cut them."""
-    prompts = (ids(generator, MIN_SHARED_PROMPT), ids(generator, MIN_SHARED_PROMPT + 5), ())
+    prompts = (ids(generator, MIN_SHARED_PREFIX), ids(generator, MIN_SHARED_PREFIX + 5), ())
     return [
         Group(
             Question(str(k), "q?", ("a",), "toy"),

@@ -40,7 +40,7 @@ PROMPT, POLICY, ENVIRONMENT = range(1, 100), range(100, 200), range(200, 300)
 @pytest.fixture(autouse=True, scope="module")
 def short_prompts_are_shared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_SHARED_PROMPT", 1)
+        patch.setattr(packing, "MIN_SHARED_PREFIX", 1)
         yield
 
 
@@ -73,7 +73,7 @@ splits = st.fixed_dictionaries(
         "sharing": st.sampled_from([Sharing(sequence=multiple) for multiple in (1, 2, 4)]),
         "num_ranks": st.integers(1, 4),
         "attention_cost": st.sampled_from([0.0, 0.1]),
-        "prompts_once": st.booleans(),
+        "share_prefix": st.booleans(),
     }
 )
 norms = st.sampled_from(["token_mean", "sequence_mean"])
@@ -128,7 +128,7 @@ def test_a_packs_sequences_are_whole_start_at_position_zero_or_behind_their_prom
         inputs, bounds = batch.inputs, batch.inputs.cu_seqlens.tolist()
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
         prompts = {start: p.end - p.start for p in inputs.prefixes for start in bounds if p.end <= start < p.last}
-        assert split["prompts_once"] or not prompts
+        assert split["share_prefix"] or not prompts
         firsts = [prompts.get(start, 0) for start in bounds[:-1]]
         assert bounds[0] == 0 and bounds[-1] == len(inputs.token_ids) == len(inputs.position_ids)
         assert min(lengths) > 0
@@ -142,7 +142,7 @@ def test_a_packs_sequences_are_whole_start_at_position_zero_or_behind_their_prom
 def test_samples_of_one_prompt_read_it_once():
     prompt = tuple(range(1, 9))
     samples = [Sample(prompt, tuple(range(100, 100 + n)), (True,) * n) for n in (3, 1, 5)]
-    batch = pack(samples, [1.0] * 3, [0, 1, 2], prompts_once=True)
+    batch = pack(samples, [1.0] * 3, [0, 1, 2], share_prefix=True)
     # The last response token is read by nobody, so the second sample has a row and no token of its own.
     assert batch.inputs.token_ids.tolist() == [*prompt, 100, 101, 100, 101, 102, 103]
     assert batch.inputs.cu_seqlens.tolist() == [0, 8, 10, 14]
@@ -157,15 +157,15 @@ def test_families_are_parted_where_ranks_or_the_budget_need_it():
     assert families_of(samples, max_tokens=0) == [[k] for k in range(8)]
     assert family_length(samples, [0, 1, 2, 3]) == 50
     assert family_cost(samples, [0, 1], 0.5) == compute_cost(20, 0.5) * 2 - compute_cost(10, 0.5)
-    batches = on_all_ranks(samples, [1.0] * 8, num_ranks=4, max_tokens=1000, prompts_once=True)
+    batches = on_all_ranks(samples, [1.0] * 8, num_ranks=4, max_tokens=1000, share_prefix=True)
     assert [len(set(batch.sample_of_row.tolist())) for batch in batches] == [2] * 4
 
 
 def test_a_short_prompt_is_not_shared(monkeypatch):
-    monkeypatch.setattr(packing, "MIN_SHARED_PROMPT", 9)
+    monkeypatch.setattr(packing, "MIN_SHARED_PREFIX", 9)
     samples = [Sample((1,) * 8, (100, 101), (True, True))] * 2
     assert families_of(samples, max_tokens=1000) == [[0], [1]]
-    assert pack(samples, [1.0] * 2, [0, 1], prompts_once=True).inputs.prefixes == ()
+    assert pack(samples, [1.0] * 2, [0, 1], share_prefix=True).inputs.prefixes == ()
 
 
 def test_nothing_behind_the_last_target_is_read():

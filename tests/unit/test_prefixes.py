@@ -11,8 +11,8 @@ from one_policy import ADAM, TRAIN, likelihood_loss, samples
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_ext.attention import together
-from megatron_ext.model import why_prompts_repeat
-from megatron_ext.prefixes import Prefix, PrefixedSelfAttention, copied_keys, prefixed_params
+from megatron_ext.model import why_no_shared_prefix
+from megatron_ext.prefixes import Prefix, PrefixedSelfAttention, copied_keys, pack_params
 from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import check_model
 from searche1.types import UserError
@@ -51,7 +51,7 @@ def test_attention_and_its_gradient_are_those_under_a_dense_mask(tensors, most_p
     monkeypatch.setattr("megatron_ext.prefixes.MOST_PADDED_TOKENS", most_padded)
     *inputs, gradient = tensors
     inputs = [x.requires_grad_() for x in inputs]
-    params = prefixed_params(BOUNDS, 90, PREFIXES, device=torch.device("cpu"))
+    params = pack_params(BOUNDS, 90, device=torch.device("cpu"), prefixes=PREFIXES)
     module = SimpleNamespace(scale=None)
     found = PrefixedSelfAttention.forward(module, *inputs, None, packed_seq_params=params).unflatten(1, (HEADS, SIZE))
     expected = dense(*inputs)
@@ -71,7 +71,7 @@ def test_short_neighbours_are_padded_together_and_long_ones_are_alone():
 def test_copies_of_the_prompts_keys_and_a_mask_from_the_lower_right_are_the_same(tensors):
     """What Transformer Engine is asked for on a GPU."""
     query, key, value, _ = tensors
-    places, bounds_of_keys = copied_keys(BOUNDS, PREFIXES)
+    places, bounds_of_keys = copied_keys(BOUNDS, PREFIXES, device=torch.device("cpu"))
     outputs = []
     pairs = zip(itertools.pairwise(BOUNDS.tolist()), itertools.pairwise(bounds_of_keys.tolist()), strict=True)
     for (start, end), (first, last) in pairs:
@@ -95,9 +95,9 @@ def group():
     return [*samples(0), *family, *samples(1)]
 
 
-def packed(group, *, prompts_once, max_tokens=400):
+def packed(group, *, share_prefix, max_tokens=400):
     weights = row_weights(group, "token_mean")
-    return make_batches(group, weights, max_tokens=max_tokens, rank=0, num_ranks=1, prompts_once=prompts_once)
+    return make_batches(group, weights, max_tokens=max_tokens, rank=0, num_ranks=1, share_prefix=share_prefix)
 
 
 def trained(policy, batches, num_samples):
@@ -112,10 +112,10 @@ def trained(policy, batches, num_samples):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_logprobs_loss_and_gradient_are_those_of_a_prompt_for_each(make_policy, group, recompute, max_tokens):
     train, free = replace(TRAIN, recompute=recompute), replace(ADAM, grad_clip=1e9)
-    batches = packed(group, prompts_once=True, max_tokens=max_tokens)
+    batches = packed(group, share_prefix=True, max_tokens=max_tokens)
     assert any(batch.inputs.prefixes for batch in batches)
     ours = trained(make_policy(train=train, optimizer=free), batches, len(group))
-    theirs = trained(make_policy(train=train, optimizer=free), packed(group, prompts_once=False), len(group))
+    theirs = trained(make_policy(train=train, optimizer=free), packed(group, share_prefix=False), len(group))
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=0)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
     assert theirs[2].norm() > 0.1
@@ -123,18 +123,18 @@ def test_logprobs_loss_and_gradient_are_those_of_a_prompt_for_each(make_policy, 
 
 
 def test_tokens_of_the_prompt_are_computed_once(group):
-    once, often = (sum(len(b.inputs.token_ids) for b in packed(group, prompts_once=p)) for p in (True, False))
+    once, often = (sum(len(b.inputs.token_ids) for b in packed(group, share_prefix=p)) for p in (True, False))
     assert often - once == 3 * 70
 
 
 def test_a_cpu_shares_prompts_unless_told_otherwise(make_policy):
-    wishes = {wish: make_policy(train=replace(TRAIN, prompts_once=wish)).prompts_once for wish in ("auto", "never")}
+    wishes = {wish: make_policy(train=replace(TRAIN, share_prefix=wish)).share_prefix for wish in ("auto", "never")}
     assert wishes == {"auto": True, "never": False}
 
 
 def test_context_ranks_cannot_share_prompts(layout, tiny_qwen2):
     two = replace(layout, context=2)
-    assert "2 context-parallel ranks" in why_prompts_repeat(two) and why_prompts_repeat(layout) == ""
-    with pytest.raises(UserError, match=r"prompts_once=always is not possible here.*auto or never"):
-        check_model(tiny_qwen2, two, replace(TRAIN, prompts_once="always"))
+    assert "2 context-parallel ranks" in why_no_shared_prefix(two) and why_no_shared_prefix(layout) == ""
+    with pytest.raises(UserError, match=r"share_prefix=always is not possible here.*auto or never"):
+        check_model(tiny_qwen2, two, replace(TRAIN, share_prefix="always"))
     check_model(tiny_qwen2, two, TRAIN)

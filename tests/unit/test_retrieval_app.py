@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import uvicorn
 
+from searche1.ports import hold_port
 from searche1.retrieval.app import Limits, create_app
 from searche1.retrieval.backend import SearchFault
 from searche1.retrieval.client import Passage, RetrieverClient
-from searche1.retrieval.listen import bind
 from searche1.retrieval.monitor import Monitor
 
 
@@ -57,7 +57,7 @@ def serving(shelf: Shelf, *, is_open: bool = True, **limits: Any) -> Iterator[st
     """The address of a server over the shelf, whose searches wait for `go_on` unless it `is_open`."""
     if is_open:
         shelf.go_on.set()
-    bound = bind("127.0.0.1", 0)
+    bound = hold_port("127.0.0.1", 0, setting="port")
     bound.listen(100)
     app = create_app(shelf, Limits(**limits), monitor=Monitor(), pools=[], token="")
     http = uvicorn.Server(uvicorn.Config(app, log_level="critical"))

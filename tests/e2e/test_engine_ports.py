@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from command import POLICY, toy_engine
 
 from searche1.rollout import engine
 
@@ -15,20 +16,7 @@ def ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The ports of HTTP and of the ranks' meeting that an engine, which never starts, is given; they are held."""
     commands: list[list[str]] = []
     monkeypatch.setattr(engine, "start_process", lambda command, **_: commands.append(command))
-    started = engine.start_engine(
-        model_path="model",
-        device="cpu",
-        dtype="float32",
-        tensor=2,
-        port=0,
-        seed=0,
-        mem_fraction=0.2,
-        max_total_tokens=1000,
-        max_running=8,
-        context_length=0,
-        attention_backend="",
-        log_path=tmp_path / "engine.log",
-    )
+    started = toy_engine(POLICY, tmp_path / "engine.log")
     (command,) = commands
     yield tuple(int(command[command.index(option) + 1]) for option in ("--port", "--nccl-port"))
     started.stop()
