@@ -1,4 +1,4 @@
-"""Ports that an engine is promised before its process listens at them."""
+"""An engine before its process listens: its ports are held, and whoever waits for it says so."""
 
 import socket
 from datetime import timedelta
@@ -35,3 +35,13 @@ def test_the_engine_listens_at_its_ports_and_again_after_a_restart(ports: tuple[
             server.accept()[0].close()
         store = dist.TCPStore("127.0.0.1", meeting, is_master=True, timeout=timedelta(seconds=10))
         del store
+
+
+def test_waiting_for_an_engine_is_told(
+    ports: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "PROGRESS_EVERY_S", 0.2)
+    silent = engine.Engine(url=f"http://127.0.0.1:{ports[0]}")  # held, and nobody listens
+    with pytest.raises(engine.EngineError, match=r"not ready within 1 s"):
+        silent.wait_until_ready(timeout_s=1)
+    assert capsys.readouterr().err.count(f"waiting for the engine at http://127.0.0.1:{ports[0]}, 0 s") > 1
