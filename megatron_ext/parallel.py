@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext.cpu import enable_cpu_mode
+from megatron_ext.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def init_parallel(
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
+        keep_freed_memory()
         enable_cpu_mode()
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)

@@ -17,8 +17,7 @@ from searche1.rollout.cpu_kernels import Chunk, attend, make_chunks
 class BatchedNativeAttention(TorchNativeAttnBackend):
     """Causal text models only; the key-value cache is the original's.
 
-    New tokens of many requests go through PyTorch in padded chunks; single ones, when decoding, through C++ where it
-    is built and knows the model's sizes.
+    In C++ where it is built and knows the model's sizes; else PyTorch's attention over padded chunks of requests.
     """
 
     chunks: list[Chunk] | None
@@ -27,15 +26,30 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
         super().init_forward_metadata(forward_batch)
         self.batch = forward_batch
         self.numbers, self.lengths = forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long()
+        is_decode = forward_batch.forward_mode.is_decode()
+        self.counts = None if is_decode else forward_batch.extend_seq_lens.long()
         self.chunks = None  # one plan serves every layer
 
     def _plan(self) -> list[Chunk]:
         seq_lens = self.lengths.tolist()
-        is_decode = self.batch.forward_mode.is_decode()
         return make_chunks(
             self.req_to_token_pool.req_to_token[self.numbers, : max(seq_lens, default=0)],
             seq_lens=seq_lens,
-            query_lens=[1] * len(seq_lens) if is_decode else self.batch.extend_seq_lens.tolist(),
+            query_lens=[1] * len(seq_lens) if self.counts is None else self.counts.tolist(),
+        )
+
+    def attend(self, query, output, keys, values, scale):
+        """Fills `output` in C++."""
+        return engine_ops.attention(
+            query,
+            output,
+            keys=keys,
+            values=values,
+            slots=self.req_to_token_pool.req_to_token,
+            numbers=self.numbers,
+            lengths=self.lengths,
+            counts=self.counts,
+            scale=scale,
         )
 
     # Names, first arguments and options are the original's; the arguments between are in the batch already.
@@ -44,22 +58,12 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
         return self._attend(query, output, keys, values, scaling, enable_gqa, options)
 
     def _run_sdpa_forward_decode(self, query, output, keys, values, *_, scaling, enable_gqa, **options):
-        _refuse(options)
-        if not engine_ops.can_decode(query, keys):
-            return self._attend(query, output, keys, values, scaling, enable_gqa, options)
-        return engine_ops.decode_attention(
-            query,
-            output,
-            keys=keys,
-            values=values,
-            slots=self.req_to_token_pool.req_to_token,
-            numbers=self.numbers,
-            lengths=self.lengths,
-            scale=scaling,
-        )
+        return self._attend(query, output, keys, values, scaling, enable_gqa, options)
 
     def _attend(self, query, output, keys, values, scaling, enable_gqa, options):
         _refuse(options)
+        if engine_ops.can_attend(query, keys):
+            return self.attend(query, output, keys, values, scaling)
         if self.chunks is None:
             self.chunks = self._plan()
         return attend(query, output, keys=keys, values=values, chunks=self.chunks, scale=scaling, enable_gqa=enable_gqa)

@@ -52,6 +52,16 @@ def make_chunks(slots: torch.Tensor, *, seq_lens: Sequence[int], query_lens: Seq
     return chunks
 
 
+def new_positions(known: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the tokens that requests get, packed, and where each request's begin in the pack.
+
+    known, new: integers [requests], tokens that each has and gets. SGLang's own makes a tensor for every request.
+    """
+    starts = new.cumsum(0) - new
+    within = torch.arange(int(new.sum())) - starts.repeat_interleave(new)
+    return known.repeat_interleave(new) + within, starts.to(new.dtype)
+
+
 def chunk_ranges(lengths: Sequence[int], *, max_tokens: int) -> list[tuple[int, int]]:
     """Consecutive ranges of at least one length whose padded size, count x longest, stays within `max_tokens`."""
     ranges = []

@@ -69,10 +69,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt import batch_invariant_ops
         from sglang.srt.layers import sampler
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.model_executor import forward_batch_info
 
-        from searche1.rollout import engine_ops
+        from searche1.rollout import cpu_layers, engine_ops
         from searche1.rollout.cpu_attention import BatchedNativeAttention
-        from searche1.rollout.cpu_kernels import filtered_multinomial, seeded_multinomial
+        from searche1.rollout.cpu_kernels import filtered_multinomial, new_positions, seeded_multinomial
 
         # Under the old name, by which SGLang knows that there is no Triton.
         register_attention_backend("torch_native")(BatchedNativeAttention)
@@ -93,8 +94,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample
         if is_native:
             engine_ops.register()
+            cpu_layers.register()
         else:
             logger.warning("plain PyTorch, which is slower, instead of C++ kernels: %s", engine_ops.library())
+        forward_batch_info.compute_position_torch = new_positions
         keep_mapped(2)  # what a weight sync writes in turn
         # The other half of deterministic inference replaces matrix products by Triton kernels.
         batch_invariant_ops.enable_batch_invariant_mode = lambda: None

@@ -23,57 +23,183 @@ struct Cache {
     int64_t slots_stride;
 };
 
-// One new token of a request: its heads that share key-value head g. query, out [group, size].
+// The sums of as many vectors as a vector has lanes, that of x[k] in lane k. Each level adds halves of two vectors.
+template <int DISTANCE = 1> inline void sums(Floats* x) {
+    if constexpr (DISTANCE < LANES) {
+        Ints near, far;
+        for (int k = 0; k < LANES; k++) {
+            near[k] = k & DISTANCE ? k - DISTANCE + LANES : k;
+            far[k] = k & DISTANCE ? k + LANES : k + DISTANCE;
+        }
+        for (int k = 0; k < LANES / DISTANCE; k += 2)
+            x[k / 2] = __builtin_shuffle(x[k], x[k + 1], near) + __builtin_shuffle(x[k], x[k + 1], far);
+        sums<2 * DISTANCE>(x);
+    }
+}
+
+inline void fetch(const float* x, int64_t count) {
+    for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(x + k, 0, 2); // 16 floats are a line of a core's cache
+}
+
+// p[width] = softmax(p[:length]), 0 behind; width is a multiple of a vector.
+inline void softmax(float* p, int64_t length, int64_t width) {
+    std::fill(p + length, p + width, -INF);
+    Floats top = all(-INF);
+    for (int64_t t = 0; t < width; t += LANES) top = larger(top, load(p + t));
+    const float m = largest(top);
+    Floats mass = all(0);
+    for (int64_t t = 0; t < width; t += LANES) {
+        Floats e = exp_negative(load(p + t) - m);
+        store(p + t, e);
+        mass += e;
+    }
+    const float share = 1.0f / quick_sum(mass);
+    for (int64_t t = 0; t < width; t += LANES) store(p + t, load(p + t) * share);
+}
+
+// One new token of a request, its last. query, out [heads, size]; scores [heads, padded length]. Reading the cache is
+// most of the work: some tokens at a time with all their heads, and the next ones are fetched meanwhile.
 template <int SIZE>
-void attend_group(const Cache& cache, const int32_t* slots, int64_t length, int64_t g, int64_t group,
-                  const float* query, float scale, float* scores, float* out) {
+void attend_one(const Cache& cache, const int32_t* slots, int64_t length, int64_t heads, const float* query,
+                float scale, float* scores, float* out) {
     constexpr int VECTORS = SIZE / LANES;
-    const int64_t padded = (length + LANES - 1) / LANES * LANES;
-    const int64_t place = cache.kv_heads * cache.size, head = g * cache.size;
-    for (int64_t t = 0; t < length; t++) {
-        const float* k = cache.keys + slots[t] * place + head;
-        Floats key[VECTORS];
-        for (int v = 0; v < VECTORS; v++) key[v] = load(k + v * LANES);
-        for (int64_t h = 0; h < group; h++) {
-            Floats dot = all(0);
-            for (int v = 0; v < VECTORS; v++) dot += key[v] * load(query + h * cache.size + v * LANES);
-            scores[h * padded + t] = quick_sum(dot) * scale;
+    const int64_t padded = (length + LANES - 1) / LANES * LANES, place = cache.kv_heads * SIZE;
+    const int64_t group = heads / cache.kv_heads;
+    for (int64_t first = 0; first < length; first += LANES) {
+        for (int64_t t = first + LANES; t < std::min(first + 2 * LANES, length); t++)
+            fetch(cache.keys + slots[t] * place, place);
+        const int64_t count = std::min<int64_t>(LANES, length - first);
+        for (int64_t h = 0; h < heads; h++) {
+            Floats dots[LANES] = {}, q[VECTORS];
+            for (int v = 0; v < VECTORS; v++) q[v] = load(query + h * SIZE + v * LANES);
+            for (int64_t t = 0; t < count; t++) {
+                const float* k = cache.keys + slots[first + t] * place + h / group * SIZE;
+                for (int v = 0; v < VECTORS; v++) dots[t] += q[v] * load(k + v * LANES);
+            }
+            sums(dots);
+            store(scores + h * padded + first, dots[0] * scale);
         }
     }
-    for (int64_t h = 0; h < group; h++) {
-        float* p = scores + h * padded;
-        std::fill(p + length, p + padded, -INF);
-        Floats top = all(-INF);
-        for (int64_t t = 0; t < padded; t += LANES) top = larger(top, load(p + t));
-        const float m = largest(top);
-        Floats mass = all(0);
-        for (int64_t t = 0; t < padded; t += LANES) {
-            Floats e = exp_negative(load(p + t) - m);
-            store(p + t, e);
-            mass += e;
+    for (int64_t h = 0; h < heads; h++) softmax(scores + h * padded, length, padded);
+    std::fill(out, out + heads * SIZE, 0.0f);
+    for (int64_t first = 0; first < length; first += LANES) {
+        for (int64_t t = first + LANES; t < std::min(first + 2 * LANES, length); t++)
+            fetch(cache.values + slots[t] * place, place);
+        const int64_t count = std::min<int64_t>(LANES, length - first);
+        for (int64_t h = 0; h < heads; h++) {
+            Floats found[VECTORS];
+            for (int v = 0; v < VECTORS; v++) found[v] = load(out + h * SIZE + v * LANES);
+            for (int64_t t = 0; t < count; t++) {
+                const float* x = cache.values + slots[first + t] * place + h / group * SIZE;
+                for (int v = 0; v < VECTORS; v++) found[v] += scores[h * padded + first + t] * load(x + v * LANES);
+            }
+            for (int v = 0; v < VECTORS; v++) store(out + h * SIZE + v * LANES, found[v]);
         }
-        const float share = 1.0f / quick_sum(mass);
-        Floats found[VECTORS] = {};
-        for (int64_t t = 0; t < length; t++) {
-            const float* x = cache.values + slots[t] * place + head;
-            for (int v = 0; v < VECTORS; v++) found[v] += p[t] * load(x + v * LANES);
+    }
+}
+
+constexpr int64_t ROWS = 4, COLUMNS = 2 * LANES; // of a tile of products that fits a core's registers
+
+// c[ROWS, COLUMNS] = a[ROWS, inner] b[inner, COLUMNS], added to what is there if `adds`.
+inline void multiply(int64_t inner, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                     int64_t c_stride, bool adds) {
+    Floats sums[ROWS][2] = {};
+    for (int64_t k = 0; k < inner; k++) {
+        const Floats left = load(b + k * b_stride), right = load(b + k * b_stride + LANES);
+        for (int i = 0; i < ROWS; i++) {
+            sums[i][0] += a[i * a_stride + k] * left;
+            sums[i][1] += a[i * a_stride + k] * right;
         }
-        for (int v = 0; v < VECTORS; v++) store(out + h * cache.size + v * LANES, found[v] * share);
+    }
+    for (int i = 0; i < ROWS; i++) {
+        for (int v = 0; v < 2; v++) {
+            float* to = c + i * c_stride + v * LANES;
+            store(to, adds ? load(to) + sums[i][v] : sums[i][v]);
+        }
+    }
+}
+
+constexpr int64_t BLOCK = 32;   // queries of a head group, times its heads, taken together
+constexpr int64_t VALUES = 64;  // values that stay in a core's nearest cache
+
+struct Scratch {
+    std::vector<float> keys, values, query, scores, found;
+};
+
+inline float* at_least(std::vector<float>& x, int64_t count) {
+    if ((int64_t)x.size() < count) x.resize(count);
+    return x.data();
+}
+
+// The last `count` of a request's `length` tokens, for the heads of key-value head g. query, out: of its first new
+// token, rows `heads * size` apart.
+template <int SIZE>
+void extend_group(const Cache& cache, const int32_t* slots, int64_t length, int64_t count, int64_t g, int64_t group,
+                  int64_t heads, const float* query, float scale, Scratch& scratch, float* out) {
+    const int64_t place = cache.kv_heads * SIZE, head = g * SIZE, stride = heads * SIZE;
+    const int64_t tiles = (length + COLUMNS - 1) / COLUMNS, padded = tiles * COLUMNS;
+    // Keys of a tile lie side by side, so that a vector holds as many keys' scores.
+    float* keys = at_least(scratch.keys, tiles * SIZE * COLUMNS);
+    float* values = at_least(scratch.values, padded * SIZE);
+    for (int64_t t = 0; t < padded; t++) {
+        float* column = keys + t / COLUMNS * SIZE * COLUMNS + t % COLUMNS;
+        if (t >= length) {
+            for (int64_t d = 0; d < SIZE; d++) column[d * COLUMNS] = 0.0f;
+            std::fill(values + t * SIZE, values + (t + 1) * SIZE, 0.0f);
+            continue;
+        }
+        const float* k = cache.keys + slots[t] * place + head;
+        for (int64_t d = 0; d < SIZE; d++) column[d * COLUMNS] = k[d];
+        std::memcpy(values + t * SIZE, cache.values + slots[t] * place + head, SIZE * sizeof(float));
+    }
+    const int64_t rows_a_block = std::max<int64_t>(1, BLOCK / group);
+    for (int64_t first = 0; first < count; first += rows_a_block) {
+        const int64_t rows = std::min(rows_a_block, count - first), used = rows * group;
+        const int64_t all_rows = (used + ROWS - 1) / ROWS * ROWS;
+        const int64_t seen = length - count + first + rows; // by the last of them
+        const int64_t seen_tiles = (seen + COLUMNS - 1) / COLUMNS, width = seen_tiles * COLUMNS;
+        float* q = at_least(scratch.query, all_rows * SIZE);
+        float* scores = at_least(scratch.scores, all_rows * width);
+        float* found = at_least(scratch.found, all_rows * SIZE);
+        std::fill(q, q + all_rows * SIZE, 0.0f);
+        std::fill(found, found + all_rows * SIZE, 0.0f);
+        for (int64_t i = 0; i < used; i++) {
+            const float* from = query + (first + i / group) * stride + i % group * SIZE;
+            for (int64_t d = 0; d < SIZE; d += LANES) store(q + i * SIZE + d, load(from + d) * scale);
+        }
+        for (int64_t t = 0; t < seen_tiles; t++)
+            for (int64_t i = 0; i < all_rows; i += ROWS)
+                multiply(SIZE, q + i * SIZE, SIZE, keys + t * SIZE * COLUMNS, COLUMNS,
+                         scores + i * width + t * COLUMNS, width, false);
+        for (int64_t i = 0; i < used; i++)
+            softmax(scores + i * width, length - count + first + i / group + 1, width);
+        for (int64_t t = 0; t < seen; t += VALUES)
+            for (int64_t i = 0; i < all_rows; i += ROWS)
+                for (int64_t d = 0; d < SIZE; d += COLUMNS)
+                    multiply(std::min(VALUES, seen - t), scores + i * width + t, width, values + t * SIZE + d, SIZE,
+                             found + i * SIZE + d, SIZE, true);
+        for (int64_t i = 0; i < used; i++)
+            std::memcpy(out + (first + i / group) * stride + i % group * SIZE, found + i * SIZE, SIZE * sizeof(float));
     }
 }
 
 template <int SIZE>
-void decode_attention(const Cache& cache, int64_t requests, int64_t heads, const float* query, const int64_t* numbers,
-                      const int64_t* lengths, float scale, float* out) {
+void attention(const Cache& cache, int64_t requests, int64_t heads, const float* query, const int64_t* numbers,
+               const int64_t* lengths, const int64_t* counts, float scale, float* out) {
     const int64_t group = heads / cache.kv_heads;
-    std::vector<float> scores;
+    Scratch scratch;
     for (int64_t r = 0; r < requests; r++) {
-        scores.resize(std::max<size_t>(scores.size(), group * (lengths[r] + LANES)));
-        for (int64_t g = 0; g < cache.kv_heads; g++) {
-            const int64_t first = (r * heads + g * group) * cache.size;
-            attend_group<SIZE>(cache, cache.slots + numbers[r] * cache.slots_stride, lengths[r], g, group,
-                                  query + first, scale, scores.data(), out + first);
-        }
+        const int32_t* slots = cache.slots + numbers[r] * cache.slots_stride;
+        const int64_t count = counts ? counts[r] : 1;
+        if (count == 1)
+            attend_one<SIZE>(cache, slots, lengths[r], heads, query, scale,
+                             at_least(scratch.scores, heads * (lengths[r] + LANES)), out);
+        else
+            for (int64_t g = 0; g < cache.kv_heads; g++)
+                extend_group<SIZE>(cache, slots, lengths[r], count, g, group, heads, query + g * group * SIZE, scale,
+                                   scratch, out + g * group * SIZE);
+        query += count * heads * SIZE;
+        out += count * heads * SIZE;
     }
 }
 
@@ -82,6 +208,15 @@ inline uint64_t mix(uint64_t bits) {
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
     return bits ^ (bits >> 31);
+}
+
+// Rotates the halves of a head by the angles of a position: half cosines, half sines.
+inline void rotate_head(int64_t half, const float* angles, const float* from, float* out) {
+    for (int64_t k = 0; k < half; k += LANES) {
+        Floats a = load(from + k), b = load(from + half + k), c = load(angles + k), s = load(angles + half + k);
+        store(out + k, a * c - b * s);
+        store(out + half + k, b * c + a * s);
+    }
 }
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u; // SplitMix64's increment
@@ -116,16 +251,17 @@ extern "C" {
 
 const char* native_source() { return NATIVE_SOURCE; } // hash of the sources, set by setup.py
 
-// query, out [requests, heads, size]; numbers are the requests' rows of `slots`. size is 32, 64, 96 or 128.
-void ops_decode_attention(int64_t requests, int64_t heads, int64_t kv_heads, int64_t size, const float* query,
-                          const float* keys, const float* values, const int32_t* slots, int64_t slots_stride,
-                          const int64_t* numbers, const int64_t* lengths, float scale, float* out) {
+// Each request's last counts[r] tokens (1 without counts) see it up to themselves. query, out [tokens, heads, size];
+// numbers are the requests' rows of `slots`. size is 32, 64, 96 or 128.
+void ops_attention(int64_t requests, int64_t heads, int64_t kv_heads, int64_t size, const float* query,
+                   const float* keys, const float* values, const int32_t* slots, int64_t slots_stride,
+                   const int64_t* numbers, const int64_t* lengths, const int64_t* counts, float scale, float* out) {
     const Cache cache{keys, values, kv_heads, size, slots, slots_stride};
-    auto run = size == 32   ? decode_attention<32>
-               : size == 64 ? decode_attention<64>
-               : size == 96 ? decode_attention<96>
-                            : decode_attention<128>;
-    run(cache, requests, heads, query, numbers, lengths, scale, out);
+    auto run = size == 32   ? attention<32>
+               : size == 64 ? attention<64>
+               : size == 96 ? attention<96>
+                            : attention<128>;
+    run(cache, requests, heads, query, numbers, lengths, counts, scale, out);
 }
 
 // logprobs [rows, vocab] -> ids [rows]; cpu_kernels.py says what is drawn.
@@ -165,21 +301,27 @@ void ops_silu_and_mul(int64_t rows, int64_t width, const float* x, float* out) {
     }
 }
 
-// Rotates the halves of each head by its position's angles: rows of half cosines, half sines. x rows are `stride`
-// apart; out [tokens, heads, size].
+// x rows are `stride` apart; out [tokens, heads, size].
 void ops_rotate(int64_t tokens, int64_t heads, int64_t size, const int64_t* positions, const float* angles,
                 const float* x, int64_t stride, float* out) {
-    const int64_t half = size / 2;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++, out += size)
+            rotate_head(size / 2, angles + positions[t] * size, x + t * stride + h * size, out);
+}
+
+// From rows of queries, keys and values [tokens, (heads + 2 * kv_heads) * size]: queries rotated to `query`, keys
+// rotated and values to their place in the cache.
+void ops_rotate_and_keep(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const int64_t* positions,
+                         const float* angles, const float* x, const int64_t* places, float* keys, float* values,
+                         float* query) {
+    const int64_t kept = kv_heads * size;
     for (int64_t t = 0; t < tokens; t++) {
-        const float *cosines = angles + positions[t] * size, *sines = cosines + half;
-        for (int64_t h = 0; h < heads; h++, out += size) {
-            const float* from = x + t * stride + h * size;
-            for (int64_t k = 0; k < half; k += LANES) {
-                Floats a = load(from + k), b = load(from + half + k), c = load(cosines + k), s = load(sines + k);
-                store(out + k, a * c - b * s);
-                store(out + half + k, b * c + a * s);
-            }
-        }
+        const float* angle = angles + positions[t] * size;
+        for (int64_t h = 0; h < heads; h++, x += size, query += size) rotate_head(size / 2, angle, x, query);
+        for (int64_t h = 0; h < kv_heads; h++, x += size)
+            rotate_head(size / 2, angle, x, keys + places[t] * kept + h * size);
+        std::memcpy(values + places[t] * kept, x, kept * sizeof(float));
+        x += kept;
     }
 }
 

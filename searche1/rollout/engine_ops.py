@@ -21,11 +21,12 @@ WIDTH = 16  # floats of a vector
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
-    "ops_decode_attention": (*[_INT64] * 4, *[_POINTER] * 4, _INT64, _POINTER, _POINTER, _FLOAT, _POINTER),
+    "ops_attention": (*[_INT64] * 4, *[_POINTER] * 4, _INT64, *[_POINTER] * 3, _FLOAT, _POINTER),
     "ops_rms_norm": (_INT64, _INT64, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
     "ops_silu_and_mul": (_INT64, _INT64, _POINTER, _POINTER),
     "ops_seeded_multinomial": (_INT64, _INT64, *[_POINTER] * 4),
     "ops_rotate": (*[_INT64] * 3, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+    "ops_rotate_and_keep": (*[_INT64] * 4, *[_POINTER] * 7),
 }
 
 
@@ -35,8 +36,8 @@ def library() -> ctypes.CDLL | str:
     return load_kernels(Path(__file__).with_name("engine_ops.cpp"), SIGNATURES)
 
 
-def can_decode(query: Tensor, keys: Tensor) -> bool:
-    """Whether `decode_attention` is built and knows these."""
+def can_attend(query: Tensor, keys: Tensor) -> bool:
+    """Whether `attention` is built and knows these."""
     return (
         not isinstance(library(), str)
         and query.dtype == keys.dtype == torch.float32
@@ -45,7 +46,7 @@ def can_decode(query: Tensor, keys: Tensor) -> bool:
     )
 
 
-def decode_attention(
+def attention(
     query: Tensor,
     output: Tensor,
     *,
@@ -54,20 +55,22 @@ def decode_attention(
     slots: Tensor,
     numbers: Tensor,
     lengths: Tensor,
+    counts: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Fills and returns `output`: one new token of each request over all of its tokens.
+    """Fills and returns `output`: the new tokens of each request over its tokens up to themselves.
 
     Args:
-        query, output: float32 [requests, heads, size].
+        query, output: float32 [new tokens, heads, size].
         keys, values: float32 [places, key-value heads, size].
         slots: int32 [requests of the pool, longest], the places of their tokens.
         numbers, lengths: int64 [requests], the row of `slots` and the tokens of each.
+        counts: int64 [requests], how many of those are new, at its end; None is one each.
     """
-    requests, heads, size = query.shape
+    heads, size = query.shape[1:]
     assert slots.dtype == torch.int32 and slots.stride(1) == 1
-    kernels().ops_decode_attention(
-        requests,
+    kernels().ops_attention(
+        len(numbers),
         heads,
         keys.shape[1],
         size,
@@ -78,6 +81,7 @@ def decode_attention(
         slots.stride(0),
         numbers.data_ptr(),
         lengths.data_ptr(),
+        None if counts is None else counts.data_ptr(),
         scale,
         output.data_ptr(),
     )

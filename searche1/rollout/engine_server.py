@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 
+from megatron_ext.host_memory import keep_freed_memory
 from megatron_ext.lifetime import die_with_parent, forks_die_with_us, has_ended
 from searche1.rollout.torchvision_stub import stub_torchvision
 
@@ -27,6 +28,7 @@ PID_VARIABLE = "SEARCHE1_ENGINE_PID"  # of the process that all others of an eng
 
 def fork_workers() -> None:
     """SGLang spawns its workers, each of which imports everything again. Without CUDA a fork does as well."""
+    keep_freed_memory()
     choose = multiprocessing.set_start_method
     multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=force)  # type: ignore[assignment]
     forks_die_with_us()

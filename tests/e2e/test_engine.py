@@ -16,9 +16,17 @@ import aiohttp
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import FAMILIES
 from tiny_models import make_model as make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_ext.buckets import fill_buckets
 from searche1.colocation import Colocation, Phase
@@ -39,7 +47,7 @@ def make_model(*, vocab_size: int, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=128,  # heads of 32, which the C++ kernels know
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -153,6 +161,7 @@ def prompts_of_many_lengths() -> list[list[int]]:
 def test_many_requests_at_once_get_the_logprobs_of_transformers(engine, reference):
     prompts = prompts_of_many_lengths()
     completions = complete(engine, prompts)
+    assert "SGLang's own modules" not in engine.log_path.read_text()  # but ours
     assert max(worst_gap(reference, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
     assert {c.weight_version for c in completions} == {"default"}
 
@@ -427,7 +436,7 @@ def test_an_exact_comparison_names_the_tensor_that_is_another(engine, reference)
     changed[2, 3] += 1e-3
     engine.begin_update()
     bucket = next(fill_buckets([("model.layers.1.mlp.up_proj.weight", changed)], bucket_bytes=1))
-    with pytest.raises(EngineError, match=r"layers.1.mlp.up_proj.weight differs from the trainer's in 1 of 6144"):
+    with pytest.raises(EngineError, match=r"layers.1.mlp.up_proj.weight differs from the trainer's in 1 of 12288"):
         engine.load_bucket([shared(bucket)], load_format=COMPARE)
 
 
@@ -445,6 +454,31 @@ def test_a_tensor_parallel_engine_is_exact_before_and_after_new_weights(folder, 
             engine.load_bucket([shared(bucket) for _ in range(tensor)], load_format=COMPARE)
         engine.end_update(version="1")
         assert worst_gap(new, prompt, complete(engine, [prompt])[0]) < TOLERANCE
+
+
+def test_a_llama_has_the_logprobs_of_transformers(folder, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters=FAMILIES["llama"]["rope_parameters"],
+    )
+    model = LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(tmp_path / "model")
+    for file in folder.glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    prompts = prompts_of_many_lengths()
+    log = tmp_path / "engine.log"
+    with start_engine(**{**start_options(tmp_path / "model", log), "context_length": 500}) as engine:
+        engine.wait_until_ready(timeout_s=300)
+        completions = complete(engine, prompts)
+    assert "SGLang's own modules" not in log.read_text()
+    assert max(worst_gap(model, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
 
 
 def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from searche1.rollout.cpu_kernels import attend, chunk_ranges, filtered_multinomial, make_chunks, seeded_multinomial
+from searche1.rollout.cpu_kernels import (
+    attend,
+    chunk_ranges,
+    filtered_multinomial,
+    make_chunks,
+    new_positions,
+    seeded_multinomial,
+)
 
 HEAD = 8
 
@@ -44,6 +51,13 @@ def test_chunks_cover_every_request_once_and_stay_small():
     assert [i for first, last in ranges for i in range(first, last)] == list(range(len(lengths)))
     assert all(last - first == 1 or (last - first) * max(lengths[first:last]) <= 20 for first, last in ranges)
     assert chunk_ranges([], max_tokens=20) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_go_on_from_what_is_known(dtype):
+    positions, starts = new_positions(torch.tensor([0, 5, 2], dtype=dtype), torch.tensor([3, 1, 2], dtype=dtype))
+    assert positions.tolist() == [0, 1, 2, 5, 2, 3] and positions.dtype == torch.int64
+    assert starts.tolist() == [0, 3, 4] and starts.dtype == dtype
 
 
 def test_seeded_draws_follow_the_distribution():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from searche1.rollout import engine_ops as ops
 from searche1.rollout.cpu_kernels import seeded_multinomial
@@ -35,23 +36,70 @@ def test_a_new_token_attends_to_all_tokens_of_its_request_wherever_they_are(size
     numbers = torch.randperm(9)[:requests]
     query = 3 * torch.randn(requests, heads, size)
     keys, values = torch.randn(2, places, kv_heads, size)
-    assert ops.can_decode(query, keys)
+    assert ops.can_attend(query, keys)
     output = torch.full_like(query, float("nan"))
     options = {"keys": keys, "values": values, "slots": slots, "scale": size**-0.5}
-    ops.decode_attention(query, output, numbers=numbers, lengths=lengths, **options)
+    ops.attention(query, output, numbers=numbers, lengths=lengths, counts=None, **options)
     for i, length in enumerate(lengths.tolist()):
         own = slots[numbers[i], :length].long()
         k, v = (x[own].double().transpose(0, 1) for x in (keys, values))
         expected = F.scaled_dot_product_attention(query[i].double()[:, None], k, v, enable_gqa=True)[:, 0]
         assert unlike(output[i], expected) < 2e-6
     alone = torch.empty_like(query[3:4])
-    ops.decode_attention(query[3:4], alone, numbers=numbers[3:4], lengths=lengths[3:4], **options)
+    ops.attention(query[3:4], alone, numbers=numbers[3:4], lengths=lengths[3:4], counts=None, **options)
     assert torch.equal(alone[0], output[3])  # the same bits in any company
 
 
+@pytest.mark.parametrize("size", ops.HEAD_SIZES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (40, 1)])
+def test_new_tokens_attend_to_what_is_known_and_to_new_ones_up_to_themselves(size, heads, kv_heads):
+    torch.manual_seed(0)
+    counts = torch.tensor([1, 7, 2, 33, 150])  # of a prompt alone, behind known tokens, and more than a block
+    lengths = torch.tensor([9, 7, 40, 96, 250])
+    places = 500
+    slots = torch.stack([torch.randperm(places)[:256] for _ in range(9)]).int()
+    numbers = torch.randperm(9)[: len(lengths)]
+    query = 3 * torch.randn(int(counts.sum()), heads, size)
+    keys, values = torch.randn(2, places, kv_heads, size)
+    output = torch.full_like(query, float("nan"))
+    options = {"keys": keys, "values": values, "slots": slots, "scale": size**-0.5}
+    ops.attention(query, output, numbers=numbers, lengths=lengths, counts=counts, **options)
+    parts = zip(query.split(counts.tolist()), output.split(counts.tolist()), numbers, lengths.tolist(), strict=True)
+    for asked, found, number, length in parts:
+        k, v = (x[slots[number, :length].long()].double().transpose(0, 1) for x in (keys, values))
+        mask = causal_lower_right(len(asked), length)
+        expected = F.scaled_dot_product_attention(
+            asked.double().transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+        )
+        assert unlike(found, expected[0].transpose(0, 1)) < 5e-6
+    last = slice(-150, None)
+    alone = torch.empty_like(query[last])
+    ops.attention(query[last], alone, numbers=numbers[-1:], lengths=lengths[-1:], counts=counts[-1:], **options)
+    assert torch.equal(alone, output[last])  # the same bits in any company
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_queries_are_rotated_and_keys_and_values_go_to_their_places(size):
+    torch.manual_seed(0)
+    heads, kv_heads = 3, 2
+    table = torch.randn(50, size)
+    layer = Layer(head_size=size, rotary_dim=size, is_neox_style=True, cos_sin_cache=table)
+    packed = torch.randn(6, (heads + 2 * kv_heads) * size)
+    positions, places = torch.tensor([0, 1, 2, 49, 7, 7]), torch.tensor([3, 11, 4, 0, 9, 5])
+    keys, values = torch.zeros(2, 12, kv_heads, size)
+    query = torch.empty(6, heads, size)
+    arguments = (positions, table, packed, places, keys, values, query)
+    ops.kernels().ops_rotate_and_keep(6, heads, kv_heads, size, *(x.data_ptr() for x in arguments))
+    q, k, v = packed.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
+    rotated_q, rotated_k = ops.rotate(layer, positions, q, k)
+    assert torch.equal(query.flatten(1), rotated_q)
+    assert torch.equal(keys[places].flatten(1), rotated_k) and torch.equal(values[places].flatten(1), v)
+    assert keys.count_nonzero() == rotated_k.count_nonzero()  # and nowhere else
+
+
 def test_other_sizes_and_dtypes_are_left_to_pytorch():
-    assert not ops.can_decode(torch.zeros(2, 2, 80), torch.zeros(9, 2, 80))
-    assert not ops.can_decode(torch.zeros(2, 2, 64).bfloat16(), torch.zeros(9, 2, 64).bfloat16())
+    assert not ops.can_attend(torch.zeros(2, 2, 80), torch.zeros(9, 2, 80))
+    assert not ops.can_attend(torch.zeros(2, 2, 64).bfloat16(), torch.zeros(9, 2, 64).bfloat16())
 
 
 @pytest.mark.parametrize("width", [16, 128, 896])

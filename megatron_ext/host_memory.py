@@ -1,0 +1,24 @@
+"""Memory of a CPU run: what a training step frees is what the next one takes."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed, instead of giving it back to the system; whether it will.
+
+    Tensors of 32 MB and more get pages of their own, freed with them and cleared by the system one by one when they
+    are written: at 2 to 4 GB/s, a quarter of a training step on a CPU. The process stays as large as it ever was.
+    Only glibc knows how.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

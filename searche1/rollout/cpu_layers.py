@@ -1,0 +1,169 @@
+"""A decoder layer of Qwen2 and Llama on a CPU without SGLang's modules between its operations.
+
+A small model's layer is nine operations of some microseconds each, and the modules that lead to them cost as much
+again. What a layer is not built for, such as another dtype, LoRA, quantized weights or tensor parallelism, goes to
+SGLang's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from torch import Tensor
+from torch.nn.functional import linear
+
+from searche1.rollout.cpu_attention import BatchedNativeAttention
+from searche1.rollout.engine_ops import HEAD_SIZES, WIDTH, kernels
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+class DirectLayer:
+    """What SGLang's modules of one layer compute, on their own weights."""
+
+    def __init__(self, layer: Any) -> None:
+        """Of a layer that `why_not` has nothing against."""
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv, self.out, self.gate_up, self.down = _products(layer)
+        self.attention: Any = attention.attn
+        self.angles: Tensor = attention.rotary_emb.cos_sin_cache
+        self.heads, self.kv_heads, self.size = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.mlp_width = mlp.gate_up_proj.output_size // 2
+        self.kernels = kernels()
+
+    def forward(
+        self, positions: Tensor, x: Tensor, places: Tensor, backend: BatchedNativeAttention, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output before its sum with the residual, and the residual.
+
+        positions, places: int64 [tokens], in the sequence and in the key-value cache. x, residual: float32 [tokens,
+        hidden size].
+        """
+        x, residual = self._norm(self.before_attention, x, residual)
+        packed = linear(x, self.qkv.weight, self.qkv.bias)
+        keys, values = backend.token_to_kv_pool.get_kv_buffer(self.attention.layer_id)
+        query, attended = x.new_empty(2, len(x), self.heads, self.size).unbind()
+        self.kernels.ops_rotate_and_keep(
+            len(x),
+            self.heads,
+            self.kv_heads,
+            self.size,
+            positions.data_ptr(),
+            self.angles.data_ptr(),
+            packed.data_ptr(),
+            places.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            query.data_ptr(),
+        )
+        backend.attend(query, attended, keys, values, self.attention.scaling)
+        x = linear(attended.flatten(1), self.out.weight, self.out.bias)
+        x, residual = self._norm(self.before_mlp, x, residual)
+        both = linear(x, self.gate_up.weight, self.gate_up.bias)
+        gated = x.new_empty(len(x), self.mlp_width)
+        self.kernels.ops_silu_and_mul(len(x), self.mlp_width, both.data_ptr(), gated.data_ptr())
+        return linear(gated, self.down.weight, self.down.bias), residual
+
+    def _norm(self, norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x, plus the residual if there is one, and what it is the norm of."""
+        out = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        self.kernels.ops_rms_norm(
+            *x.shape,
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            norm.weight.data_ptr(),
+            norm.variance_epsilon,
+            None if residual is None else total.data_ptr(),
+            out.data_ptr(),
+        )
+        return out, total
+
+
+def _products(layer: Any) -> tuple[Any, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def why_not(layer: Any) -> str:
+    """What keeps a layer of SGLang's from being computed directly; empty if nothing does."""
+    attention = layer.self_attn
+    rotary, core = attention.rotary_emb, attention.attn
+    products = _products(layer)
+    kinds = (QKVParallelLinear, RowParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    tensors = [*(product.weight for product in products), *(norm.weight for norm in norms), rotary.cos_sin_cache]
+    if any(type(product) is not kind for product, kind in zip(products, kinds, strict=True)):
+        return "products that are not SGLang's own"  # such as LoRA's
+    if any(type(product.quant_method) is not UnquantizedLinearMethod for product in products):
+        return "quantized weights"
+    if any(product.tp_size != 1 or product.skip_bias_add for product in products):
+        return "the engine is tensor-parallel"
+    if any(x.dtype != torch.float32 or not x.is_contiguous() for x in tensors):
+        return "they are not in float32"
+    if any(type(norm) is not RMSNorm or norm.variance_size_override is not None for norm in norms):
+        return "norms with options"
+    is_whole = rotary.is_neox_style and rotary.rotary_dim == rotary.head_size == attention.head_dim
+    if not is_whole or type(rotary).forward_native is not RotaryEmbedding.forward_native:
+        return "another kind of rotary positions"
+    if core.is_cross_attention or (core.sliding_window_size or -1) > -1:
+        return "sliding windows or cross attention"
+    if attention.head_dim not in HEAD_SIZES or layer.mlp.gate_up_proj.output_size % (2 * WIDTH):
+        return f"heads of {attention.head_dim}, or an odd width of the feed-forward layer"
+    return ""
+
+
+@functools.cache
+def tell(reason: str) -> None:
+    """Once for all layers."""
+    logger.warning("layers are computed by SGLang's own modules, which is slower on a CPU: %s", reason)
+
+
+def direct(forward: Forward) -> Forward:
+    """SGLang's `forward` of a decoder layer, computed directly where that is the same."""
+
+    def decoder_layer(
+        layer: Any, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        found: DirectLayer | None
+        try:
+            found = layer.searche1_direct
+        except AttributeError:  # the first call: its weights have their final form now
+            reason = why_not(layer)
+            found = layer.searche1_direct = None if reason else DirectLayer(layer)
+            if reason:
+                tell(reason)
+        places, backend = forward_batch.out_cache_loc, get_attn_backend()
+        fits = (
+            found is not None
+            and type(backend) is BatchedNativeAttention
+            and len(hidden_states) > 0
+            and positions.dtype == places.dtype == torch.int64
+            and hidden_states.dtype == backend.token_to_kv_pool.dtype == torch.float32
+        )
+        if found is None or not fits:
+            return forward(layer, positions, hidden_states, forward_batch, residual)
+        return found.forward(positions, hidden_states, places, backend, residual)
+
+    return decoder_layer
+
+
+def register() -> None:
+    """Puts it into SGLang's models."""
+    from sglang.srt.models.llama import LlamaDecoderLayer
+    from sglang.srt.models.qwen2 import Qwen2DecoderLayer
+
+    for layer in (LlamaDecoderLayer, Qwen2DecoderLayer):
+        layer.forward = direct(layer.forward)
