@@ -9,17 +9,21 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-VECTORS = Path("megatron_ext/vectors.h")
-KERNELS = [Path("megatron_ext/vocab_parallel/rows.cpp"), Path("searche1/rollout/engine_ops.cpp")]
+HEADERS = sorted(Path("megatron_ext").glob("*.h"))
+KERNELS = [
+    Path("megatron_ext/layers.cpp"),
+    Path("megatron_ext/vocab_parallel/rows.cpp"),
+    Path("searche1/rollout/engine_ops.cpp"),
+]
 
 
 def native(path: Path, level: str) -> Extension:
     """CPU kernels for an x86-64 level. Without a compiler pip goes on: plain torch does the same, slower."""
-    source = hashlib.sha256(VECTORS.read_bytes() + path.read_bytes()).hexdigest()
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in (*HEADERS, path))).hexdigest()
     return Extension(
         ".".join([*path.parent.parts, f"_{path.stem}_{level}"]),
         [str(path)],
-        depends=[str(VECTORS)],
+        depends=[str(header) for header in HEADERS],
         define_macros=[("NATIVE_SOURCE", f'"{source}"')],  # megatron_ext/native.py compares it
         extra_compile_args=[
             *("-std=gnu++17", "-O3", f"-march=x86-64-{level}", "-mprefer-vector-width=512", "-ffp-contract=fast"),

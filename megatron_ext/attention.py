@@ -23,6 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext.cpu_layers import attention, can_attend, spans
+
 MOST_PADDED_TOKENS = 4096  # of short sequences that are attended to in one call
 LONGEST_PADDED = 128  # tokens; what a longer sequence's padding costs is more than its own call
 
@@ -104,6 +106,9 @@ class PackedSelfAttention(torch.nn.Module):
         bounds: Tensor = packed_seq_params.cu_seqlens_q
         if self.context_group is not None:
             return self._of_this_context_rank(query, key, value, bounds, self.context_group)
+        if can_attend(query, key, value):
+            rows = [(0, 0, start, end - start, start) for start, end in itertools.pairwise(bounds.tolist())]
+            return attention(query, key, value, spans(rows), scale=self.scale).flatten(1)
         outputs = []
         start = 0
         for lengths in together(bounds.diff().tolist(), max_tokens=MOST_PADDED_TOKENS):
@@ -125,21 +130,25 @@ class PackedSelfAttention(torch.nn.Module):
         every = torch.cat([context_positions(bounds, rank=other, size=size) for other in range(size)])
         gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
         keys, values = gathered[every.argsort().to(gathered.device)].chunk(2, dim=-1)  # [T, g, d], in sequence order
-        outputs = []
+        rows = []
         start = 0
         for first, last in itertools.pairwise(bounds.tolist()):
             chunk = (last - first) // (2 * size)
             for number in (rank, 2 * size - 1 - rank):
-                seen = (number + 1) * chunk
-                outputs.append(
-                    self._attend(
-                        query[None, start : start + chunk],
-                        keys[None, first : first + seen],
-                        values[None, first : first + seen],
-                        attn_mask=causal_lower_right(chunk, seen),  # the last query sees all
-                    )[0]
-                )
+                own = first + number * chunk
+                rows.append((first, own, own, chunk, start))
                 start += chunk
+        if can_attend(query, keys, values):
+            return attention(query, keys, values, spans(rows), scale=self.scale).flatten(1)
+        outputs = [
+            self._attend(
+                query[None, start : start + count],
+                keys[None, first : own + count],
+                values[None, first : own + count],
+                attn_mask=causal_lower_right(count, own + count - first),  # the last query sees all
+            )[0]
+            for first, _, own, count, start in rows
+        ]
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_ext.cpu_layers import rotate
+
 
 class _NoStream:
     """Stands for a CUDA stream or event: work on a CPU is done when the call returns, so nothing waits."""
@@ -79,6 +81,19 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
+def _rotary(megatron: Any) -> Any:
+    """Megatron's function, with our kernel for packs in which every token has an angle of its own."""
+
+    def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, config: Any, *arguments: Any, **options: Any) -> Tensor:
+        is_plain = (
+            not (config.rotary_interleaved or config.multi_latent_attention) and options.get("mscale", 1.0) == 1.0
+        )
+        found = rotate(t, freqs) if is_plain else None
+        return megatron(t, freqs, config, *arguments, **options) if found is None else found
+
+    return apply_rotary_pos_emb
+
+
 _mode: _CudaMeansCpu | None = None
 
 
@@ -90,6 +105,7 @@ def enable_cpu_mode() -> None:
     assert not torch.cuda.is_available(), "CPU mode on a machine with CUDA would move tensors off the GPU"
 
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import attention
     from megatron.core.transformer.moe import token_dispatcher
 
     answers: dict[str, Any] = {
@@ -116,6 +132,8 @@ def enable_cpu_mode() -> None:
     distributed: Any = dist
     distributed.all_gather, distributed.reduce_scatter = _all_gather, _reduce_scatter
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+
+    attention.apply_rotary_pos_emb = _rotary(attention.apply_rotary_pos_emb)
 
     _mode = _CudaMeansCpu()
     _mode.__enter__()

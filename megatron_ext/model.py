@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_ext.cpu_layers import gated_activation
 from megatron_ext.hf_mapping import ModelShape, local_rules, padded_vocab_size
 from megatron_ext.norm import RMSNorm
 from megatron_ext.parallel import Layout
@@ -87,6 +88,7 @@ def transformer_config(shape: ModelShape, settings: ModelSettings, layout: Layou
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=layout.device.type == "cpu" and not shape.num_experts,  # ours, in fact: see layer_spec
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
         qk_layernorm=shape.has_qk_norm,
@@ -169,6 +171,8 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
             layer.mlp.submodules.linear_fc2 = TERowParallelLinear
     else:
         norm, attention.core_attention = RMSNorm, PrefixedSelfAttention
+        if config.use_te_activation_func:
+            layer.mlp.submodules.activation_func = gated_activation
     if config.num_moe_experts:
         # Megatron's router asks whether this is None, and forgets to define it where Transformer Engine is absent.
         moe_utils.__dict__.setdefault("te_general_gemm", None)

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 LEVELS = {"AVX512": ("v4", "v3"), "AVX2": ("v3",)}  # what torch says of the CPU -> builds that run on it, best first
-VECTORS = Path(__file__).with_name("vectors.h")
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 
 def source_hash(source: Path) -> str:
-    """Of a kernel's source with what it includes, as setup.py makes it."""
-    return hashlib.sha256(VECTORS.read_bytes() + source.read_bytes()).hexdigest()
+    """Of a kernel's source with what it may include, as setup.py makes it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*HEADERS, source))).hexdigest()
 
 
 def load_kernels(source: Path, signatures: Mapping[str, Sequence[type]]) -> ctypes.CDLL | str:

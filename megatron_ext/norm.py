@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_ext.cpu_layers import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -25,4 +26,4 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        return rms_norm(hidden, self.weight, self.eps)

@@ -21,6 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ext.attention import MOST_PADDED_TOKENS, PackedSelfAttention, padding, together
+from megatron_ext.cpu_layers import attention, can_attend, spans
 
 _ops: Any = torch.ops.aten
 _attend = _ops._scaled_dot_product_flash_attention_for_cpu
@@ -123,6 +124,19 @@ def _calls(bounds: Sequence[int], prefixes: Sequence[Prefix]) -> list[_Call]:
     return calls + [_Call(slice(p.end, p.last), slice(p.start, p.end), False) for p in prefixes]
 
 
+def _span_rows(bounds: Sequence[int], prefixes: Sequence[Prefix]) -> list[tuple[int, int, int, int, int]]:
+    """Every sequence as a row of `cpu_layers.spans`."""
+    rows = []
+    following = iter([*prefixes, None])
+    prefix = next(following)
+    for start, end in itertools.pairwise(bounds):
+        if prefix is not None and start >= prefix.last:
+            prefix = next(following)
+        known = (prefix.start, prefix.end) if prefix is not None and start >= prefix.end else (0, 0)
+        rows.append((*known, start, end - start, start))
+    return rows
+
+
 class _PrefixedAttention(torch.autograd.Function):
     """Parts of a softmax are merged by their log-sum-exp; the merged one gives every part its gradient.
 
@@ -179,6 +193,9 @@ class PrefixedSelfAttention(PackedSelfAttention):
     ) -> Tensor:  # [T, h, d], [T, g, d], [T, g, d] -> [T, h * d]
         if not isinstance(packed_seq_params, PackParams) or not packed_seq_params.prefixes:
             return super().forward(query, key, value, *arguments, packed_seq_params=packed_seq_params, **options)
+        if can_attend(query, key, value):
+            rows = _span_rows(packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.prefixes)
+            return attention(query, key, value, spans(rows), scale=self.scale).flatten(1)
         heads_of_key = query.shape[1] // key.shape[1]
         keys, values = (x.repeat_interleave(heads_of_key, dim=1) for x in (key, value))  # the kernel knows no groups
         calls = _calls(packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.prefixes)
@@ -194,17 +211,9 @@ def copied_keys(cu_seqlens: Tensor, prefixes: Sequence[Prefix], *, device: torch
 
     `cu_seqlens` int32 [n + 1] on the host. Returns places int64 [S] and cumulative lengths int32 [n + 1] on `device`.
     """
-    places, lengths = [], []
-    following = iter([*prefixes, None])
-    prefix = next(following)
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        if prefix is not None and start >= prefix.last:
-            prefix = next(following)
-        own = torch.arange(start, end)
-        is_response = prefix is not None and start >= prefix.end
-        seen = torch.cat([torch.arange(prefix.start, prefix.end), own]) if prefix and is_response else own
-        places.append(seen)
-        lengths.append(len(seen))
+    rows = _span_rows(cu_seqlens.tolist(), prefixes)
+    places = [torch.cat([torch.arange(a, b), torch.arange(own, own + count)]) for a, b, own, count, _ in rows]
+    lengths = [len(seen) for seen in places]
     bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
     return torch.cat(places).to(device, non_blocking=True), bounds.to(device, non_blocking=True)
 

@@ -81,6 +81,11 @@ inline Floats exp_negative(Floats x) {
     return x < -87.3f ? all(0.0f) : p * power;
 }
 
+inline Floats sigmoid(Floats z) {
+    const Floats e = exp_negative((Floats)((Ints)z | INT32_MIN)); // of -|z|
+    return (z < 0.0f ? e : all(1.0f)) / (1.0f + e);
+}
+
 inline float sum(Floats x) {
     float total = 0.0f;
     for (int k = 0; k < LANES; k++) total += x[k];

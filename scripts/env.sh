@@ -139,7 +139,7 @@ log=$venv/install.log
 # after an interruption or a change the part without its line is done again.
 stamp=$venv/.searche1
 packages_line="packages $({ printf '%s\n' "$root" "$venv" && grep -v '^#' "$lock"; } | sha256sum | cut -c1-16)"
-sources=("$root/setup.py" "$root"/megatron_ext/*.h "$root"/megatron_ext/*/*.cpp "$root"/searche1/*/*.cpp)
+sources=("$root/setup.py" "$root"/megatron_ext/*.h "$root"/megatron_ext/*.cpp "$root"/megatron_ext/*/*.cpp "$root"/searche1/*/*.cpp)
 project_line="project $(cat "${sources[@]}" | sha256sum | cut -c1-16)"
 
 is_stamped() { grep -qxF "$1" "$stamp" 2>/dev/null; }

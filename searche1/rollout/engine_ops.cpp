@@ -1,20 +1,9 @@
 // What SGLang's float32 layers do between matrix products on a CPU, without a tensor for every step; built and called
 // as megatron_ext/vocab_parallel/rows.cpp is. Every row and request is computed alone: the same bits in any batch.
 
-#include "../../megatron_ext/vectors.h"
-
-#include <algorithm>
-#include <vector>
+#include "../../megatron_ext/products.h"
 
 namespace {
-
-inline float quick_sum(Floats x) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-    return lanes[0];
-}
 
 struct Cache {
     const float *keys, *values; // [places, kv heads, size]
@@ -23,38 +12,8 @@ struct Cache {
     int64_t slots_stride;
 };
 
-// The sums of as many vectors as a vector has lanes, that of x[k] in lane k. Each level adds halves of two vectors.
-template <int DISTANCE = 1> inline void sums(Floats* x) {
-    if constexpr (DISTANCE < LANES) {
-        Ints near, far;
-        for (int k = 0; k < LANES; k++) {
-            near[k] = k & DISTANCE ? k - DISTANCE + LANES : k;
-            far[k] = k & DISTANCE ? k + LANES : k + DISTANCE;
-        }
-        for (int k = 0; k < LANES / DISTANCE; k += 2)
-            x[k / 2] = __builtin_shuffle(x[k], x[k + 1], near) + __builtin_shuffle(x[k], x[k + 1], far);
-        sums<2 * DISTANCE>(x);
-    }
-}
-
 inline void fetch(const float* x, int64_t count) {
     for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(x + k, 0, 2); // 16 floats are a line of a core's cache
-}
-
-// p[width] = softmax(p[:length]), 0 behind; width is a multiple of a vector.
-inline void softmax(float* p, int64_t length, int64_t width) {
-    std::fill(p + length, p + width, -INF);
-    Floats top = all(-INF);
-    for (int64_t t = 0; t < width; t += LANES) top = larger(top, load(p + t));
-    const float m = largest(top);
-    Floats mass = all(0);
-    for (int64_t t = 0; t < width; t += LANES) {
-        Floats e = exp_negative(load(p + t) - m);
-        store(p + t, e);
-        mass += e;
-    }
-    const float share = 1.0f / quick_sum(mass);
-    for (int64_t t = 0; t < width; t += LANES) store(p + t, load(p + t) * share);
 }
 
 // One new token of a request, its last. query, out [heads, size]; scores [heads, padded length]. Reading the cache is
@@ -98,38 +57,11 @@ void attend_one(const Cache& cache, const int32_t* slots, int64_t length, int64_
     }
 }
 
-constexpr int64_t ROWS = 4, COLUMNS = 2 * LANES; // of a tile of products that fits a core's registers
-
-// c[ROWS, COLUMNS] = a[ROWS, inner] b[inner, COLUMNS], added to what is there if `adds`.
-inline void multiply(int64_t inner, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                     int64_t c_stride, bool adds) {
-    Floats sums[ROWS][2] = {};
-    for (int64_t k = 0; k < inner; k++) {
-        const Floats left = load(b + k * b_stride), right = load(b + k * b_stride + LANES);
-        for (int i = 0; i < ROWS; i++) {
-            sums[i][0] += a[i * a_stride + k] * left;
-            sums[i][1] += a[i * a_stride + k] * right;
-        }
-    }
-    for (int i = 0; i < ROWS; i++) {
-        for (int v = 0; v < 2; v++) {
-            float* to = c + i * c_stride + v * LANES;
-            store(to, adds ? load(to) + sums[i][v] : sums[i][v]);
-        }
-    }
-}
-
-constexpr int64_t BLOCK = 32;   // queries of a head group, times its heads, taken together
-constexpr int64_t VALUES = 64;  // values that stay in a core's nearest cache
+constexpr int64_t BLOCK = 32; // queries of a head group, times its heads, taken together
 
 struct Scratch {
     std::vector<float> keys, values, query, scores, found;
 };
-
-inline float* at_least(std::vector<float>& x, int64_t count) {
-    if ((int64_t)x.size() < count) x.resize(count);
-    return x.data();
-}
 
 // The last `count` of a request's `length` tokens, for the heads of key-value head g. query, out: of its first new
 // token, rows `heads * size` apart.
@@ -137,27 +69,18 @@ template <int SIZE>
 void extend_group(const Cache& cache, const int32_t* slots, int64_t length, int64_t count, int64_t g, int64_t group,
                   int64_t heads, const float* query, float scale, Scratch& scratch, float* out) {
     const int64_t place = cache.kv_heads * SIZE, head = g * SIZE, stride = heads * SIZE;
-    const int64_t tiles = (length + COLUMNS - 1) / COLUMNS, padded = tiles * COLUMNS;
-    // Keys of a tile lie side by side, so that a vector holds as many keys' scores.
-    float* keys = at_least(scratch.keys, tiles * SIZE * COLUMNS);
+    const int64_t padded = up(length, COLUMNS);
+    float* keys = at_least(scratch.keys, padded * SIZE);
     float* values = at_least(scratch.values, padded * SIZE);
+    const float nothing[SIZE] = {};
     for (int64_t t = 0; t < padded; t++) {
-        float* column = keys + t / COLUMNS * SIZE * COLUMNS + t % COLUMNS;
-        if (t >= length) {
-            for (int64_t d = 0; d < SIZE; d++) column[d * COLUMNS] = 0.0f;
-            std::fill(values + t * SIZE, values + (t + 1) * SIZE, 0.0f);
-            continue;
-        }
-        const float* k = cache.keys + slots[t] * place + head;
-        for (int64_t d = 0; d < SIZE; d++) column[d * COLUMNS] = k[d];
-        std::memcpy(values + t * SIZE, cache.values + slots[t] * place + head, SIZE * sizeof(float));
+        put<SIZE>(t < length ? cache.keys + slots[t] * place + head : nothing, t, keys);
+        std::memcpy(values + t * SIZE, t < length ? cache.values + slots[t] * place + head : nothing, sizeof nothing);
     }
     const int64_t rows_a_block = std::max<int64_t>(1, BLOCK / group);
     for (int64_t first = 0; first < count; first += rows_a_block) {
-        const int64_t rows = std::min(rows_a_block, count - first), used = rows * group;
-        const int64_t all_rows = (used + ROWS - 1) / ROWS * ROWS;
-        const int64_t seen = length - count + first + rows; // by the last of them
-        const int64_t seen_tiles = (seen + COLUMNS - 1) / COLUMNS, width = seen_tiles * COLUMNS;
+        const int64_t rows = std::min(rows_a_block, count - first), used = rows * group, all_rows = up(used, ROWS);
+        const int64_t seen = length - count + first + rows, width = up(seen, COLUMNS); // by the last of them
         float* q = at_least(scratch.query, all_rows * SIZE);
         float* scores = at_least(scratch.scores, all_rows * width);
         float* found = at_least(scratch.found, all_rows * SIZE);
@@ -167,17 +90,10 @@ void extend_group(const Cache& cache, const int32_t* slots, int64_t length, int6
             const float* from = query + (first + i / group) * stride + i % group * SIZE;
             for (int64_t d = 0; d < SIZE; d += LANES) store(q + i * SIZE + d, load(from + d) * scale);
         }
-        for (int64_t t = 0; t < seen_tiles; t++)
-            for (int64_t i = 0; i < all_rows; i += ROWS)
-                multiply(SIZE, q + i * SIZE, SIZE, keys + t * SIZE * COLUMNS, COLUMNS,
-                         scores + i * width + t * COLUMNS, width, false);
+        multiply_tiles<SIZE>(all_rows, q, width / COLUMNS, keys, scores);
         for (int64_t i = 0; i < used; i++)
             softmax(scores + i * width, length - count + first + i / group + 1, width);
-        for (int64_t t = 0; t < seen; t += VALUES)
-            for (int64_t i = 0; i < all_rows; i += ROWS)
-                for (int64_t d = 0; d < SIZE; d += COLUMNS)
-                    multiply(std::min(VALUES, seen - t), scores + i * width + t, width, values + t * SIZE + d, SIZE,
-                             found + i * SIZE + d, SIZE, true);
+        add_products<SIZE>(all_rows, {scores, width, 1}, seen, values, found);
         for (int64_t i = 0; i < used; i++)
             std::memcpy(out + (first + i / group) * stride + i % group * SIZE, found + i * SIZE, SIZE * sizeof(float));
     }
@@ -294,9 +210,8 @@ void ops_rms_norm(int64_t rows, int64_t width, const float* x, const float* resi
 void ops_silu_and_mul(int64_t rows, int64_t width, const float* x, float* out) {
     for (int64_t r = 0; r < rows; r++, x += 2 * width, out += width) {
         for (int64_t k = 0; k < width; k += LANES) {
-            Floats z = load(x + k);
-            Floats e = exp_negative((Floats)((Ints)z | INT32_MIN)); // of -|z|
-            store(out + k, z * ((z < 0.0f ? e : all(1.0f)) / (1.0f + e)) * load(x + width + k));
+            const Floats z = load(x + k);
+            store(out + k, z * sigmoid(z) * load(x + width + k));
         }
     }
 }

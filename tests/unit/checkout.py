@@ -54,7 +54,7 @@ class Checkout:
         self.kernels = self.root / "megatron_ext" / "vocab_parallel" / "rows.cpp"
         self.kernels.parent.mkdir(parents=True)
         self.kernels.write_text("// version 1\n")
-        for other in ("megatron_ext/vectors.h", "searche1/rollout/engine_ops.cpp"):
+        for other in ("megatron_ext/vectors.h", "megatron_ext/layers.cpp", "searche1/rollout/engine_ops.cpp"):
             (self.root / other).parent.mkdir(parents=True, exist_ok=True)
             (self.root / other).write_text("// version 1\n")
         self.fakes = folder / "fake"
