@@ -17,6 +17,7 @@ from megatron_ext.lifetime import has_ended
 from searche1.config import Config, EngineConfig, RunConfig
 from searche1.rollout import engine_process
 from searche1.rollout.engine_process import engine_environment, importing_sglang, start_process
+from searche1.rollout.engine_server import remember_stop_strings
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +54,11 @@ def test_the_first_engine_is_the_process_that_has_imported(tmp_path, monkeypatch
 def test_what_was_said_while_importing_comes_first_in_the_log(tmp_path, monkeypatch):
     """With a package of SGLang's name that speaks."""
     package = tmp_path / "path" / "sglang"
-    (package / "srt" / "entrypoints").mkdir(parents=True)
-    for folder in (package, package / "srt", package / "srt" / "entrypoints"):
+    for folder in (package, package / "srt", package / "srt" / "entrypoints", package / "srt" / "sampling"):
+        folder.mkdir(parents=True)
         (folder / "__init__.py").touch()
+    params = "class SamplingParams:\n    def normalize(self, tokenizer): ...\n"
+    (package / "srt" / "sampling" / "sampling_params.py").write_text(params)
     (package / "srt" / "entrypoints" / "http_server.py").write_text("print('importing', flush=True)\n")
     (package / "launch_server.py").write_text("import os, sys\nprint(sys.argv[1:], os.environ['ADDED'])\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
@@ -115,3 +118,28 @@ def test_no_process_is_started_where_it_could_not_be_used(config, variables, mon
         monkeypatch.setenv(name, value)
     with importing_sglang(config):
         assert engine_process._early is None
+
+
+def test_stop_strings_are_tokenized_once(monkeypatch):
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    asked = []
+
+    class Tokenizer:
+        def encode(self, text, add_special_tokens=True):
+            asked.append(text)
+            return [0] * len(text.split())
+
+    monkeypatch.setattr(SamplingParams, "normalize", SamplingParams.normalize)  # put back in the end
+    remember_stop_strings()
+    tokenizer = Tokenizer()
+    for _ in range(3):
+        params = SamplingParams(stop=["a b", "c"])
+        params.normalize(tokenizer)
+        assert params.stop_str_max_len == 2 and params.stop_strs == ["a b", "c"]
+    assert asked == ["a b", "c"]
+    SamplingParams(stop=["c"]).normalize(Tokenizer())
+    assert asked == ["a b", "c", "c"]  # another tokenizer may find another length
+    without = SamplingParams()
+    without.normalize(None)
+    assert without.stop_str_max_len == 0

@@ -38,11 +38,18 @@ def shape_of(model):
     return model_shape(hf_config(KnownModel(model["type"], numbers, 0.0, ())))
 
 
-# As on a GPU: layers save what Megatron's own operations save, and freed memory goes back to the system.
-megatron_ext.attention.MOST_PADDED_TOKENS = 0  # each sequence alone, as long ones are: padding copies, and saves less
-megatron_ext.cpu_layers.library = lambda: "measured without"
-megatron_ext.model.gated_activation = lambda x: torch.nn.functional.silu(x.chunk(2, -1)[0]) * (x.chunk(2, -1)[1] + 0.0)
-megatron_ext.parallel.keep_freed_memory = lambda: True
+def as_on_a_gpu():
+    """Layers save what Megatron's own operations save, and freed memory goes back to the system."""
+    megatron_ext.attention.MOST_PADDED_TOKENS = 0  # each sequence alone, as long ones are: padding saves less
+    megatron_ext.cpu_layers.library = lambda: "measured without"
+    megatron_ext.model.gated_activation = gate
+    megatron_ext.parallel.keep_freed_memory = lambda: True
+
+
+def gate(x):
+    """As in Megatron's feed-forward layer, offset included."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * (up + 0.0)
 
 
 def resident(name="VmRSS"):  # bytes
@@ -155,5 +162,6 @@ def saved_bytes(case):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    as_on_a_gpu()
     asked = json.loads(sys.argv[1])
     print(json.dumps({"resident": measure_resident, "saved": measure_saved}[asked["measure"]](asked)))

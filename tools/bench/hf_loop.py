@@ -33,6 +33,14 @@ class EndsAt(StoppingCriteria):
         return torch.isin(input_ids[:, -1], self.ids)
 
 
+def left_padded(contexts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask of a batch for generate."""
+    width = max(map(len, contexts))
+    ids = torch.tensor([[0] * (width - len(context)) + list(context) for context in contexts])
+    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+    return ids, mask
+
+
 class TurnLoop:
     """HuggingFace generate over all trajectories that still run, turn by turn; searches of a turn go out together."""
 
@@ -71,7 +79,7 @@ class TurnLoop:
                 states[number] = protocol.add_passages(
                     states[number], passages, rollout=rollout, prompt=self.config.prompt, tokenizer=tokenizer
                 )
-            for number, completion in zip(asked, self._generate(list(asked.values())), strict=True):
+            for number, completion in zip(asked, self._generate(asked), strict=True):
                 states[number] = protocol.add_completion(
                     states[number], completion, rollout=rollout, prompt=self.config.prompt, tokenizer=tokenizer
                 )
@@ -86,19 +94,20 @@ class TurnLoop:
 
         return asyncio.run(ask()) if queries else []
 
-    def _generate(self, asked: list[protocol.Generate]) -> list[Completion]:
+    def _generate(self, asked: dict[int, protocol.Generate]) -> list[Completion]:
+        """A turn of each trajectory that is under way, by its number."""
         if not asked:
             return []
-        width = max(len(one.context_ids) for one in asked)
-        ids = torch.tensor([[0] * (width - len(one.context_ids)) + list(one.context_ids) for one in asked])
-        mask = torch.tensor([[0] * (width - len(o.context_ids)) + [1] * len(o.context_ids) for o in asked])
+        contexts = [one.context_ids for one in asked.values()]
+        ids, mask = left_padded(contexts)
+        width = ids.shape[1]
         with torch.inference_mode():
             out = self.model.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=True,
                 top_k=0,
-                max_new_tokens=min(asked[0].max_new_tokens, self.most_new_tokens),
+                max_new_tokens=min(self.config.rollout.max_response_tokens, self.most_new_tokens),
                 pad_token_id=0,
                 stopping_criteria=self.stop,
                 output_logits=True,

@@ -37,7 +37,7 @@ import aiohttp
 import psutil
 import torch
 from cpu_engine import cpu_engine, go_on, running, stop, stopped
-from hf_loop import TOY_POLICY, TurnLoop
+from hf_loop import TOY_POLICY, TurnLoop, left_padded
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -256,6 +256,30 @@ def draw_script(dice: random.Random) -> Trajectory:
     return Trajectory(ids(200), tuple(spans), "answered")
 
 
+def decode_together(model: PreTrainedModel, contexts: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
+    """So many tokens of each context with HuggingFace generate: all are decoded until the last has its own."""
+    ids, mask = left_padded(contexts)
+    wanted = torch.tensor(counts)
+
+    class HasAll(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return input_ids.shape[1] - ids.shape[1] >= wanted
+
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=None,
+            pad_token_id=0,
+            max_new_tokens=max(counts),
+            stopping_criteria=StoppingCriteriaList([HasAll()]),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+
+
 def lock_step(model: PreTrainedModel, scripts: Sequence[Trajectory]) -> int:
     """HuggingFace generate, turn by turn over all that still run: a batch is as long as its longest turn."""
     contexts = [list(script.prompt_ids) for script in scripts]
@@ -264,28 +288,9 @@ def lock_step(model: PreTrainedModel, scripts: Sequence[Trajectory]) -> int:
         running = [k for k, script in enumerate(scripts) if len(script.spans) > 2 * turn]
         if not running:
             break
-        width = max(len(contexts[k]) for k in running)
-        ids = torch.tensor([[0] * (width - len(contexts[k])) + contexts[k] for k in running])
-        mask = torch.tensor([[0] * (width - len(contexts[k])) + [1] * len(contexts[k]) for k in running])
-        wanted = torch.tensor([len(scripts[k].spans[2 * turn].token_ids) for k in running])
-
-        class HasAll(StoppingCriteria):
-            def __call__(self, input_ids: Tensor, scores: Any, wanted=wanted, width=width, **_: Any) -> Tensor:
-                return input_ids.shape[1] - width >= wanted
-
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=0,
-                eos_token_id=None,
-                pad_token_id=0,
-                max_new_tokens=int(wanted.max()),
-                stopping_criteria=StoppingCriteriaList([HasAll()]),
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+        decode_together(
+            model, [contexts[k] for k in running], [len(scripts[k].spans[2 * turn].token_ids) for k in running]
+        )
         for k in running:
             policy, *observed = scripts[k].spans[2 * turn : 2 * turn + 2]
             contexts[k] += [*policy.token_ids, *(observed[0].token_ids if observed else ())]
