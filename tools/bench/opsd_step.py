@@ -96,6 +96,7 @@ def measured(step: Callable[[], float], steps: int) -> dict[str, Any]:
 
 
 def ours(model: Path, parsed: argparse.Namespace) -> dict[str, Any]:
+    import megatron_ext.parallel
     from megatron_ext.lora import LoraSettings
     from megatron_ext.optimizer import OptimizerSettings
     from megatron_ext.parallel import close_parallel, init_parallel
@@ -103,6 +104,7 @@ def ours(model: Path, parsed: argparse.Namespace) -> dict[str, Any]:
     from searche1.opsd import opsd_step
     from searche1.policy import Policy
 
+    megatron_ext.parallel.keep_freed_memory = lambda: True  # a step's memory is what appears with it, as in theirs
     layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
     train = TrainConfig(dtype="float32", recompute="none", max_tokens=16384)
     config = Config(train=train, opsd=OPSDConfig(pairs_per_step=parsed.pairs, kl_clip=parsed.tau, grad_clip=GRAD_CLIP))
