@@ -1,8 +1,8 @@
 """What Megatron's layers do between matrix products on a CPU, in C++ (layers.cpp) where setup.py could build it.
 
-PyTorch's attention for CPUs reaches a third of a core's arithmetic at the lengths of rollouts, takes sequences one by
-one or padded, and knows neither shared prompts nor groups of heads; a gated activation of its operations writes five
-tensors for one. Both are float32 only: what has another dtype or size stays with PyTorch.
+PyTorch's attention for CPUs takes sequences one by one or padded, and knows neither shared prompts nor groups of heads
+(`tools/bench/cpu_attention.py` measures both); its operations write several tensors for one gate, norm or rotation. All
+of it is float32: what has another dtype or size stays with PyTorch.
 
 Shapes: T packed tokens, h query heads and g key-value heads on this tensor-parallel rank, d head size.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from megatron_ext.native import load_kernels
 from megatron_ext.vocab_parallel.cpu import for_rows
+
+logger = logging.getLogger(__name__)
 
 HEAD_SIZES = (32, 64, 96, 128)
 WIDTH = 16  # floats of a vector
@@ -41,8 +44,11 @@ SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The kernels, or why there are none."""
-    return load_kernels(Path(__file__).with_name("layers.cpp"), SIGNATURES)
+    """The kernels, or why there are none, which is told once."""
+    found = load_kernels(Path(__file__).with_name("layers.cpp"), SIGNATURES)
+    if isinstance(found, str):
+        logger.warning("the trainer's layers run in plain PyTorch, which is slower, instead of C++: %s", found)
+    return found
 
 
 def _kernels() -> Any:
@@ -66,11 +72,11 @@ def spans(rows: Sequence[tuple[int, int, int, int, int]]) -> Tensor:
 def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` is built and knows these."""
     return (
-        not isinstance(library(), str)
-        and query.device.type == "cpu"
+        query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.float32
         and query.shape[-1] in HEAD_SIZES
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and not isinstance(library(), str)
     )
 
 
