@@ -194,11 +194,7 @@ void layers_attend_backward(int64_t num_spans, const int64_t* spans, int64_t hea
 
 // out[:, k] = silu(x[:, k]) * x[:, width + k]; x [rows, 2 * width], width a multiple of 16.
 void layers_gate(int64_t rows, int64_t width, const float* x, float* out) {
-    for (int64_t r = 0; r < rows; r++, x += 2 * width, out += width)
-        for (int64_t k = 0; k < width; k += LANES) {
-            const Floats z = load(x + k);
-            store(out + k, z * sigmoid(z) * load(x + width + k));
-        }
+    for (int64_t r = 0; r < rows; r++) gate_row(width, x + r * 2 * width, out + r * width);
 }
 
 // d silu(z) / dz = s (1 + z (1 - s)) with s = sigmoid(z). gradient [rows, width], of_x [rows, 2 * width].
@@ -243,17 +239,9 @@ void layers_norm_backward(int64_t rows, int64_t width, const float* x, const flo
 // x: rows and heads `row` and `head` apart; out [tokens, heads, size].
 void layers_rotate(int64_t tokens, int64_t heads, int64_t size, const float* angles, const float* x, int64_t row,
                    int64_t head, int64_t is_back, float* out) {
-    const int64_t half = size / 2;
     for (int64_t t = 0; t < tokens; t++, angles += size)
-        for (int64_t h = 0; h < heads; h++, out += size) {
-            const float* from = x + t * row + h * head;
-            for (int64_t k = 0; k < half; k += LANES) {
-                const Floats a = load(from + k), b = load(from + half + k), c = load(angles + k);
-                const Floats s = is_back ? -load(angles + half + k) : load(angles + half + k);
-                store(out + k, a * c - b * s);
-                store(out + half + k, b * c + a * s);
-            }
-        }
+        for (int64_t h = 0; h < heads; h++, out += size)
+            rotate_head(size / 2, angles, x + t * row + h * head, out, is_back ? -1.0f : 1.0f);
 }
 
 } // extern "C"

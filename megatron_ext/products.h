@@ -1,4 +1,5 @@
-// Products of small matrices and the softmax between them, for attention on a CPU.
+// Products of small matrices and the softmax between them, for attention on a CPU, and what else trainer and engine
+// compute alike. `__builtin_shuffle` is GCC's.
 
 #pragma once
 
@@ -105,5 +106,23 @@ template <int SIZE> inline void add_products(int64_t rows, Matrix p, int64_t cou
 }
 
 inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Rotates the halves of a head by the angles of a position, half cosines, half sines; back with direction -1.
+inline void rotate_head(int64_t half, const float* angles, const float* from, float* out, float direction = 1.0f) {
+    for (int64_t k = 0; k < half; k += LANES) {
+        const Floats a = load(from + k), b = load(from + half + k), c = load(angles + k);
+        const Floats s = load(angles + half + k) * direction;
+        store(out + k, a * c - b * s);
+        store(out + half + k, b * c + a * s);
+    }
+}
+
+// out[k] = silu(x[k]) * x[width + k]
+inline void gate_row(int64_t width, const float* x, float* out) {
+    for (int64_t k = 0; k < width; k += LANES) {
+        const Floats z = load(x + k);
+        store(out + k, z * sigmoid(z) * load(x + width + k));
+    }
+}
 
 } // namespace

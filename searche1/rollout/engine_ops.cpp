@@ -126,15 +126,6 @@ inline uint64_t mix(uint64_t bits) {
     return bits ^ (bits >> 31);
 }
 
-// Rotates the halves of a head by the angles of a position: half cosines, half sines.
-inline void rotate_head(int64_t half, const float* angles, const float* from, float* out) {
-    for (int64_t k = 0; k < half; k += LANES) {
-        Floats a = load(from + k), b = load(from + half + k), c = load(angles + k), s = load(angles + half + k);
-        store(out + k, a * c - b * s);
-        store(out + half + k, b * c + a * s);
-    }
-}
-
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u; // SplitMix64's increment
 
 // The id with the largest logprob + Gumbel noise, of a hash of (row, id). The noise of most ids needs no logarithm: u
@@ -208,12 +199,7 @@ void ops_rms_norm(int64_t rows, int64_t width, const float* x, const float* resi
 
 // out[:, k] = silu(x[:, k]) * x[:, width + k]; x [rows, 2 * width].
 void ops_silu_and_mul(int64_t rows, int64_t width, const float* x, float* out) {
-    for (int64_t r = 0; r < rows; r++, x += 2 * width, out += width) {
-        for (int64_t k = 0; k < width; k += LANES) {
-            const Floats z = load(x + k);
-            store(out + k, z * sigmoid(z) * load(x + width + k));
-        }
-    }
+    for (int64_t r = 0; r < rows; r++) gate_row(width, x + r * 2 * width, out + r * width);
 }
 
 // x rows are `stride` apart; out [tokens, heads, size].
