@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext.cpu import enable_cpu_mode
-from megatron_ext.host_memory import keep_freed_memory
+from megatron_ext.host import keep_freed_memory
 
 
 @dataclass(frozen=True)

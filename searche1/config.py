@@ -80,6 +80,7 @@ class TrainConfig:
     max_tokens: int = 16384  # tokens in one packed micro-batch, prompts included; 0: what the GPU's memory holds
     recompute: str = "none"  # activation recompute: none, selective, full; auto: the least that fits the GPU
     share_prefix: str = "auto"  # pack a group's prompt once: auto (on a CPU), always or never
+    threads: int = 0  # CPU threads of a trainer rank that has no GPU; 0: its share of the cores, on which engines rest
     offload: str = "auto"  # move trainer state to the host during rollouts: auto (on a GPU), always or never
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     loss_mode: str = "chunked"  # head and loss: chunked (gradient in forward), recompute or materialized (all logits)
@@ -335,6 +336,7 @@ MAY_BE_ZERO = {
     "run.seed",
     "train.sync_tolerance",
     "train.max_tokens",
+    "train.threads",
     "engine.port",
     "engine.count",
     "engine.max_total_tokens",

@@ -64,6 +64,7 @@ HARMLESS_KEYS = frozenset(
         "parallel.sequence",
         "train.max_tokens",  # row weights make the loss the same however a batch is packed
         "train.offload",
+        "train.threads",
         "train.keep_last",
         "train.keep_every",
         "train.recompute",
@@ -306,6 +307,11 @@ def num_cores() -> int:
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def share_of_cores() -> int:
+    """Cores for one of the trainer's ranks on this machine, at least one."""
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def memory_bytes() -> int:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from megatron_ext.host import use_threads
 from megatron_ext.lifetime import forks_die_with_us
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -43,7 +44,7 @@ from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
-from searche1.runs import Run, only_run_in, open_run
+from searche1.runs import Run, only_run_in, open_run, share_of_cores
 from searche1.screen import Screen
 from searche1.stopping import StopRequest, end_on_interrupt
 from searche1.timeline import Timeline
@@ -102,6 +103,8 @@ class Session:
         forks_die_with_us()  # such as the writers of checkpoints, who would hold on to the run directory
         self.console = Console(stderr=False, highlight=False)
         device = choose_device(config.run.device)
+        if device == "cpu":
+            use_threads(config.train.threads or share_of_cores())
         parallel = config.parallel
         try:
             self.layout = init_parallel(

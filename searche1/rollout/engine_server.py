@@ -20,7 +20,7 @@ import sys
 import tempfile
 from typing import Any
 
-from megatron_ext.host_memory import keep_freed_memory
+from megatron_ext.host import keep_freed_memory
 from megatron_ext.lifetime import die_with_parent, forks_die_with_us, has_ended
 from searche1.rollout.torchvision_stub import stub_torchvision
 

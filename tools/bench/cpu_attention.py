@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from megatron_ext import attention as packed
-from megatron_ext.host_memory import keep_freed_memory
+from megatron_ext.host import keep_freed_memory
 from searche1.rollout import engine_ops
 from searche1.rollout.cpu_kernels import attend, make_chunks
 

@@ -159,13 +159,14 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each")
+    parser.add_argument("--threads", type=int, default=1, help="of both trainers; our engine has one")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
         parser.error("TRL is not installed; the first lines of --help say how to get it")
-    torch.set_num_threads(1)
+    torch.set_num_threads(parsed.threads)
     if parsed.run:
         print(json.dumps(RUNS[parsed.run](parsed, parsed.work)))
         return 0
@@ -176,10 +177,12 @@ def main() -> int:
             for name, rows in runs.items():
                 command = [sys.executable, __file__, "--run", name, "--work", folder, "--steps", str(parsed.steps)]
                 command += ["--prompts", str(parsed.prompts), "--group", str(parsed.group)]
+                command += ["--threads", str(parsed.threads)]
                 rows += json.loads(output_of(name, command).splitlines()[-1])[1:]
                 print(f"{name}: " + ", ".join(f"{row['seconds']:.2f} s" for row in rows), flush=True)
     assert [row["tokens"] for row in runs["ours"]] == [row["tokens"] for row in runs["TRL"]]
     result: dict[str, Any] = {"prompts": parsed.prompts, "group": parsed.group, "steps": parsed.steps - 1}
+    result["threads"] = parsed.threads
     result["products alone, gflop_per_s"] = round(products_gflop_per_s(), 1)
     for name, rows in runs.items():
         result[name] = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}

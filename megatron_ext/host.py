@@ -1,9 +1,12 @@
-"""Memory of a CPU run: what a training step frees is what the next one takes."""
+"""What a CPU run takes of its machine: memory that it keeps, and cores."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -22,3 +25,18 @@ def keep_freed_memory() -> bool:
     except AttributeError:
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def use_threads(count: int) -> None:
+    """Has PyTorch compute with so many OpenMP threads in this process, and with one in its forks.
+
+    OpenMP's threads do not come along in a fork, where it waits for them forever: a writer of checkpoints would hang at
+    the first tensor it copies.
+    """
+    torch.set_num_threads(count)
+    if count > 1:
+        os.register_at_fork(after_in_child=_one_thread)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
