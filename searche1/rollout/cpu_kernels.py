@@ -1,4 +1,5 @@
-"""What SGLang lacks on a CPU, in plain PyTorch: attention over many requests at once, and sampling by seed.
+"""What SGLang lacks on a CPU, in plain PyTorch: attention over many requests at once, sampling by seed, and weights
+that lie as products of few rows want them.
 
 Legend: B requests of a chunk, Q longest new part, L longest sequence, H query heads, K key-value heads, D head size,
 V vocabulary.
@@ -8,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CHUNK_TOKENS = 4096  # key-value tokens gathered at once: 2-4 MB in a small model, about a core's cache
+ROWS_AT_ONCE = 64  # of a weight that is loaded
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,34 @@ def attend(
         )  # [B, H, Q, D]
         output[chunk.rows] = attended.transpose(1, 2)[chunk.is_new]
     return output
+
+
+class _SomeRowsAtOnce(TorchDispatchMode):
+    """Copies a matrix in blocks of rows: into transposed memory rows share lines, which then stay in the cache."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default or args[0].ndim != 2:
+            return func(*args, **(kwargs or {}))
+        held, sent = args[:2]
+        for here, there in zip(held.split(ROWS_AT_ONCE), sent.split(ROWS_AT_ONCE), strict=True):
+            here.copy_(there)
+        return held
+
+
+def transpose_memory(weight: Any) -> None:
+    """Stores a parameter [out, in] of SGLang's as [in, out] in memory; its shape, values and loading stay as they are.
+
+    A product of few rows is faster so, 1.2 times with 64 and 1.5 with 16: from the other order PyTorch's library packs
+    the weight anew in every call. Loading takes longer, which a decoding step or two make good.
+    """
+    weight.data = weight.data.t().contiguous().t()
+    load = weight.weight_loader
+
+    def load_transposed(held: Any, loaded: torch.Tensor, *shard: Any) -> None:
+        with _SomeRowsAtOnce():
+            load(held, loaded, *shard)
+
+    weight.weight_loader = load_transposed
 
 
 def seeded_multinomial(logprobs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

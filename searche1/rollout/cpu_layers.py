@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from searche1.rollout.cpu_attention import BatchedNativeAttention
+from searche1.rollout.cpu_kernels import transpose_memory
 from searche1.rollout.engine_ops import HEAD_SIZES, WIDTH, kernels
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class DirectLayer:
         self.heads, self.kv_heads, self.size = attention.num_heads, attention.num_kv_heads, attention.head_dim
         self.mlp_width = mlp.gate_up_proj.output_size // 2
         self.kernels = kernels()
+        for product in _products(layer):
+            transpose_memory(product.weight)
 
     def forward(
         self, positions: Tensor, x: Tensor, places: Tensor, backend: BatchedNativeAttention, residual: Tensor | None
@@ -54,9 +57,10 @@ class DirectLayer:
         x, residual = self._norm(self.before_attention, x, residual)
         packed = linear(x, self.qkv.weight, self.qkv.bias)
         keys, values = backend.token_to_kv_pool.get_kv_buffer(self.attention.layer_id)
-        query, attended = x.new_empty(2, len(x), self.heads, self.size).unbind()
+        rows = x.shape[0]  # len(x) is Python code of PyTorch's
+        query, attended = x.new_empty(2, rows, self.heads, self.size).unbind()
         self.kernels.ops_rotate_and_keep(
-            len(x),
+            rows,
             self.heads,
             self.kv_heads,
             self.size,
@@ -72,8 +76,8 @@ class DirectLayer:
         x = linear(attended.flatten(1), self.out.weight, self.out.bias)
         x, residual = self._norm(self.before_mlp, x, residual)
         both = linear(x, self.gate_up.weight, self.gate_up.bias)
-        gated = x.new_empty(len(x), self.mlp_width)
-        self.kernels.ops_silu_and_mul(len(x), self.mlp_width, both.data_ptr(), gated.data_ptr())
+        gated = x.new_empty(rows, self.mlp_width)
+        self.kernels.ops_silu_and_mul(rows, self.mlp_width, both.data_ptr(), gated.data_ptr())
         return linear(gated, self.down.weight, self.down.bias), residual
 
     def _norm(self, norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ def direct(forward: Forward) -> Forward:
         fits = (
             found is not None
             and type(backend) is BatchedNativeAttention
-            and len(hidden_states) > 0
+            and hidden_states.shape[0] > 0
             and positions.dtype == places.dtype == torch.int64
             and hidden_states.dtype == backend.token_to_kv_pool.dtype == torch.float32
         )

@@ -70,7 +70,7 @@ def attention(
     heads, size = query.shape[1:]
     assert slots.dtype == torch.int32 and slots.stride(1) == 1
     kernels().ops_attention(
-        len(numbers),
+        numbers.shape[0],
         heads,
         keys.shape[1],
         size,

@@ -1,6 +1,9 @@
+"""What a CPU's engine computes in plain PyTorch."""
+
 import pytest
 import torch
 
+from searche1.rollout.compare_weights import compare
 from searche1.rollout.cpu_kernels import (
     attend,
     chunk_ranges,
@@ -8,6 +11,7 @@ from searche1.rollout.cpu_kernels import (
     make_chunks,
     new_positions,
     seeded_multinomial,
+    transpose_memory,
 )
 
 HEAD = 8
@@ -108,3 +112,41 @@ def test_neighbouring_seeds_and_positions_draw_independently():
         agree_with_next = (drawn[1:] == drawn[:-1]).float().mean().item()
         assert abs(agree_with_next - 0.5) < 0.035
     assert abs((by_seed == by_position).float().mean().item() - 0.5) < 0.035
+
+
+def test_a_weight_in_transposed_memory_is_the_same_and_loads_its_parts_as_before():
+    before, part, whole = torch.randn(200, 24), torch.randn(130, 24, dtype=torch.bfloat16), torch.randn(200, 24)
+    weight = torch.nn.Parameter(before.clone(), requires_grad=False)
+
+    def load(held, loaded, shard=None):  # as SGLang loads what it fuses
+        rows = held.data if shard is None else held.data.narrow(0, shard, len(loaded))
+        rows.copy_(loaded)
+
+    weight.weight_loader = load
+    transpose_memory(weight)
+    assert torch.equal(weight, before) and weight.t().is_contiguous()
+    weight.weight_loader(weight, part, 20)
+    assert torch.equal(weight[20:150], part.float()) and weight.t().is_contiguous()
+    assert torch.equal(weight[:20], before[:20]) and torch.equal(weight[150:], before[150:])
+    weight.weight_loader(weight, whole)
+    assert torch.equal(weight, whole)
+
+
+def test_an_engine_compares_weights_in_transposed_memory_too():
+    class Model(torch.nn.Linear):
+        def load_weights(self, named):
+            for name, tensor in named:
+                assert name == "weight"
+                self.weight.weight_loader(self.weight, tensor)
+
+    model = Model(24, 200, bias=False).requires_grad_(False)
+    model.weight.weight_loader = lambda held, loaded: held.data.copy_(loaded)
+    transpose_memory(model.weight)
+    held = model.weight.clone()
+    compare(model, [("weight", held)])
+    other = held.clone()
+    other[3, 5] += 1
+    other[130] += 1
+    with pytest.raises(RuntimeError, match="weight differs from the trainer's in 25 of 4800 numbers"):
+        compare(model, [("weight", other)])
+    assert torch.equal(model.weight, held)
