@@ -54,7 +54,8 @@ class TurnLoop:
         self.tokenizer = load_tokenizer(TOY_POLICY, config.prompt)
         closing = [self.tokenizer.encode(tag, add_special_tokens=False) for tag in ("</search>", "</answer>")]
         assert all(len(ids) == 1 for ids in closing), "the toy tokenizer has a token for each tag"
-        self.stop = StoppingCriteriaList([EndsAt([ids[0] for ids in closing])])
+        self.closing_ids = [ids[0] for ids in closing]
+        self.stop = StoppingCriteriaList([EndsAt(self.closing_ids)])
         self.most_new_tokens = most_new_tokens
 
     def run(self, prompts: Sequence[Sequence[int]]) -> list[Trajectory]:

@@ -6,8 +6,9 @@
                                             the paper's task: ours, stock, and HuggingFace generate, turn by turn,
                                             which reads every context again and waits for the longest
     python tools/bench/rollout.py search    trajectories a second with the retriever: our sampler and engine, beside a
-                                            HuggingFace generate loop over turns, and beside the engine alone, which is
-                                            asked for the same tokens of the same contexts and never searches
+                                            HuggingFace generate loop over turns, the same with TRL's generation where
+                                            TRL is installed (grpo_step.py says how), and beside the engine alone, which
+                                            is asked for the same tokens of the same contexts and never searches
 
 `decode` and `turns` take a Qwen2 of 3.1 million random weights, `search` the shipped toy policy in its world. One
 thread each. What is idle is stopped (SIGSTOP). Prints medians and ratios, and JSON as the last line.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -48,10 +50,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from searche1.config import load_config
+from searche1.config import Config, load_config
 from searche1.data import load_questions
 from searche1.models import load_tokenizer
 from searche1.quickstart import make_world
+from searche1.retrieval.client import RetrieverClient
 from searche1.rollout.engine import Engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
@@ -338,6 +341,19 @@ def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {"turns": rows}
 
 
+def trl_loop(
+    model: PreTrainedModel,
+    config: Config,
+    client: RetrieverClient,
+    longest: int,
+    trajectories: int,
+    work: Path,
+) -> TurnLoop:
+    from trl_loop import TrlLoop  # TRL is imported where it is asked for
+
+    return TrlLoop(model, config, client, most_new_tokens=longest, trajectories=trajectories, work=work)
+
+
 def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     world = work / "world"
     make_world(world, seed=0)
@@ -350,7 +366,12 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             f"retriever.index={world / 'index'}",
         ],
     )
-    questions = Deck(load_questions(str(world / "train.jsonl")))
+    # All of them: no question is asked twice.
+    files = ("train.jsonl", "validation.jsonl", "test.jsonl")
+    questions = Deck([question for file in files for question in load_questions(str(world / file))])
+    has_trl = importlib.util.find_spec("trl") is not None
+    if not has_trl:
+        print("TRL is not installed; its generation is left out")
     rows = []
     with (
         cpu_engine(TOY_POLICY, work / "engine.log", max_running=max(parsed.together)) as engine,
@@ -361,13 +382,14 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(TOY_POLICY, config.prompt)
         hf = AutoModelForCausalLM.from_pretrained(TOY_POLICY, dtype=torch.float32).eval()
         for together in parsed.together:
-            seconds: dict[str, list[float]] = {"ours": [], "HuggingFace loop": [], "the engine alone": []}
-            counts: dict[str, list[int]] = {"ours": [], "HuggingFace loop": []}
+            loops = ["HuggingFace loop", *(["TRL"] if has_trl else [])]
+            seconds: dict[str, list[float]] = {name: [] for name in ("ours", *loops, "the engine alone")}
+            counts: dict[str, list[int]] = {name: [] for name in ("ours", *loops)}
             idle, hits = [], []
             samples = 4
             for repeat in range(parsed.repeats + 1):
                 # Questions nobody has asked before: the retriever remembers answers.
-                asked, others = (questions.pop(together // samples) for _ in range(2))
+                asked, *of_loops = (questions.pop(together // samples) for _ in range(1 + len(loops)))
                 client = make_retriever_client(config, retriever)
                 sampler = Sampler(
                     fleet=Fleet([engine]),
@@ -390,20 +412,25 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 raw_s = time.perf_counter() - started
                 own = sum(t.num_policy_tokens for t in trajectories)
                 assert replayed.tokens >= own
-                with stopped(engine):
-                    longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
+                took, tokens = {"ours": ours_s, "the engine alone": raw_s}, {"ours": own}
+                longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
+                for name, others in zip(loops, of_loops, strict=True):
                     loop = TurnLoop(hf, config, client, most_new_tokens=longest)
-                    started = time.perf_counter()
-                    starts = sampler.starts(others)
-                    theirs = loop.run([start.prompt_ids for start in starts for _ in range(samples)])
-                    loop_s = time.perf_counter() - started
+                    if name == "TRL":
+                        loop = trl_loop(hf, config, client, longest, together, work)
+                    with stopped(engine):
+                        started = time.perf_counter()
+                        starts = sampler.starts(others)
+                        theirs = loop.run([start.prompt_ids for start in starts for _ in range(samples)])
+                        took[name] = time.perf_counter() - started
+                    tokens[name] = sum(t.num_policy_tokens for t in theirs)
                 if repeat:
-                    for name, taken in zip(seconds, (ours_s, loop_s, raw_s), strict=True):
+                    for name, taken in took.items():
                         seconds[name].append(taken)
+                    for name, count in tokens.items():
+                        counts[name].append(count)
                     idle.append(1 - busy_s / ours_s)
                     hits.append(replayed.cached_tokens / replayed.context_tokens)
-                    counts["ours"].append(own)
-                    counts["HuggingFace loop"].append(sum(t.num_policy_tokens for t in theirs))
             row: dict[str, Any] = {"trajectories": together}
             for name, taken_s in seconds.items():
                 row[f"trajectories/s, {name}"] = round(together / statistics.median(taken_s), 1)
@@ -411,8 +438,8 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             row["policy tokens"] = counts
             row["engine idle, share of the time of ours"] = round(statistics.median(idle), 2)
             row["context tokens in the prefix cache, share"] = round(statistics.median(hits), 2)
-            row["ours over HuggingFace loop"] = median_ratio(seconds["HuggingFace loop"], seconds["ours"])
-            row["ours over the engine alone"] = median_ratio(seconds["the engine alone"], seconds["ours"])
+            for name in (*loops, "the engine alone"):
+                row[f"ours over {name}"] = median_ratio(seconds[name], seconds["ours"])
             rows.append(row)
             print(f"{together} trajectories: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return {"search": rows}
@@ -429,7 +456,7 @@ def main() -> int:
         "--repeats",
         type=int,
         default=3,
-        help="after one that does not count; of `search` the toy world's questions allow 3",
+        help="after one that does not count; of `search` the toy world's questions allow 5",
     )
     parser.add_argument("--port", type=int, default=31377, help="of the stock server")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
