@@ -296,7 +296,9 @@ def activation_bytes(
     saved = shape.num_layers // sizes.pipeline * layer.kept
     work = work_bytes(shape, sizes, settings) * mine + (layer.whole if settings.recompute == "full" else 0)
     if stage == sizes.pipeline - 1:  # the last norm's input and output, and what it hands on
-        copies = 3 if settings.is_fused else 4 if settings.dtype_bytes == 4 else 7  # a CPU norms in float32
+        copies = 3 if settings.is_fused or settings.dtype_bytes == 4 else 7  # a CPU norms in float32
+        if settings.lora_rank and not settings.is_fused and settings.dtype_bytes == 4:
+            copies -= 1  # only a weight's gradient needs what was normalized
         saved += copies * _edge_bytes(shape, sizes, settings.dtype_bytes) * mine
     return Activations(round(under_way * saved), round(work))
 

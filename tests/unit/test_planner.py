@@ -66,7 +66,9 @@ H800 = cluster("h800", nodes=1, gpus_per_node=8)
 def measured(**request):
     """What a process of its own counts; memory that is freed there goes back to the system at once."""
     trimmed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    trimmed["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"  # where a CPU has products of bfloat16, oneDNN keeps memory
+    # The libraries of products keep memory too: MKL some for packed matrices, as much as suits the CPU, and oneDNN
+    # some where the CPU has products of bfloat16.
+    trimmed |= {"MKL_DISABLE_FAST_MM": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("measured_memory.py"), json.dumps(request)],
         capture_output=True,
