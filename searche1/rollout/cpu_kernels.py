@@ -119,8 +119,8 @@ class _SomeRowsAtOnce(TorchDispatchMode):
 def transpose_memory(weight: Any) -> None:
     """Stores a parameter [out, in] of SGLang's as [in, out] in memory; its shape, values and loading stay as they are.
 
-    A product of few rows is faster so, 1.2 times with 64 and 1.5 with 16: from the other order PyTorch's library packs
-    the weight anew in every call. Loading takes longer, which a decoding step or two make good.
+    A product of few rows is faster so, and loading slower (`tools/bench/cpu_products.py`): from the other order
+    PyTorch's library packs the weight anew in every call.
     """
     weight.data = weight.data.t().contiguous().t()
     load = weight.weight_loader

@@ -7,8 +7,8 @@
                                             which reads every context again and waits for the longest
     python tools/bench/rollout.py search    trajectories a second with the retriever: our sampler and engine, beside a
                                             HuggingFace generate loop over turns, the same with TRL's generation where
-                                            TRL is installed (grpo_step.py says how), and beside the engine alone, which
-                                            is asked for the same tokens of the same contexts and never searches
+                                            TRL is installed (grpo_lengths.py says how), and the engine alone, which is
+                                            asked for the same tokens of the same contexts and never searches
 
 `decode` and `turns` take a Qwen2 of 3.1 million random weights, `search` the shipped toy policy in its world. One
 thread each. What is idle is stopped (SIGSTOP). Prints medians and ratios, and JSON as the last line.
@@ -50,11 +50,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from searche1.config import Config, load_config
+from searche1.config import load_config
 from searche1.data import load_questions
 from searche1.models import load_tokenizer
 from searche1.quickstart import make_world
-from searche1.retrieval.client import RetrieverClient
 from searche1.rollout.engine import Engine
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
@@ -341,19 +340,6 @@ def bench_turns(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {"turns": rows}
 
 
-def trl_loop(
-    model: PreTrainedModel,
-    config: Config,
-    client: RetrieverClient,
-    longest: int,
-    trajectories: int,
-    work: Path,
-) -> TurnLoop:
-    from trl_loop import TrlLoop  # TRL is imported where it is asked for
-
-    return TrlLoop(model, config, client, most_new_tokens=longest, trajectories=trajectories, work=work)
-
-
 def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
     world = work / "world"
     make_world(world, seed=0)
@@ -415,9 +401,12 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 took, tokens = {"ours": ours_s, "the engine alone": raw_s}, {"ours": own}
                 longest = max(len(span.token_ids) for t in trajectories for span in t.spans)
                 for name, others in zip(loops, of_loops, strict=True):
-                    loop = TurnLoop(hf, config, client, most_new_tokens=longest)
                     if name == "TRL":
-                        loop = trl_loop(hf, config, client, longest, together, work)
+                        from trl_loop import TrlLoop  # where TRL is
+
+                        loop = TrlLoop(hf, config, client, most_new_tokens=longest, trajectories=together, work=work)
+                    else:
+                        loop = TurnLoop(hf, config, client, most_new_tokens=longest)
                     with stopped(engine):
                         started = time.perf_counter()
                         starts = sampler.starts(others)

@@ -1,4 +1,4 @@
-"""The turn loop with TRL's generation: what its GRPOTrainer calls before and after every tool call (`_tool_loop`).
+"""The turn loop with TRL's generation: what its GRPOTrainer calls at first and after every round of tool calls.
 
 TRL parses tool calls of chat messages; the paper's tags are none, so the loop and its rules are `hf_loop.TurnLoop`'s,
 and a turn's tokens come from `GRPOTrainer._generate_single_turn`. Without vLLM, which has no build for this CPU, that
@@ -38,7 +38,9 @@ class TrlLoop(TurnLoop):
         super().__init__(model, config, retriever, most_new_tokens=most_new_tokens)
         args = trl_settings(work / "trl", steps=1, trajectories=trajectories, group=2, grpo=config.grpo)
         args.max_completion_length = min(config.rollout.max_response_tokens, most_new_tokens)
-        args.generation_kwargs = {"eos_token_id": self.closing_ids, "top_k": 0}
+        args.generation_kwargs = {"top_k": 0}
+        # Where TRL's generation stops, and where it cuts a row that waited for others. The other loop stops there too.
+        model.generation_config.eos_token_id = [self.tokenizer.eos_token_id, *self.closing_ids]
         self.trainer: Any = GRPOTrainer(
             model=model,
             reward_funcs=lambda completions, **_: [0.0 for _ in completions],
@@ -52,6 +54,7 @@ class TrlLoop(TurnLoop):
             return []
         contexts = [list(one.context_ids) for one in asked.values()]
         rows, _ = self.trainer._generate_single_turn(contexts, None, {}, 1)
+        assert not any(self.tokenizer.pad_token_id in ids for ids in rows), "padding is no token of a turn"
         return [
             Completion(tuple(ids), (0.0,) * len(ids), self.tokenizer.decode(ids, skip_special_tokens=False), "stop", "")
             for ids in rows
