@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 HEAD_SIZES = (32, 64, 96, 128)
 WIDTH = 16  # floats of a vector
+TILE = 8  # rows and columns that are transposed in registers
+ROWS_AT_ONCE = 256  # whose part of a line stays in the first-level cache until the rest of it is needed
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _HEADS = (_POINTER, _INT64, _INT64)
@@ -39,6 +41,7 @@ SIGNATURES = {
     "layers_norm": (_INT64, _INT64, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
     "layers_norm_backward": (_INT64, _INT64, *[_POINTER] * 6),
     "layers_rotate": (*[_INT64] * 3, _POINTER, *_HEADS, _INT64, _POINTER),
+    "layers_transpose": (_INT64, _INT64, _POINTER, _INT64, _POINTER, _INT64),
 }
 
 
@@ -277,3 +280,23 @@ class _Gate(torch.autograd.Function):
 
         for_rows(len(rows), work)
         return of_x
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def copy_transposed(x: Tensor, out: Tensor) -> None:
+    """out = x [rows, width], where a column of `out` lies in a row: PyTorch would walk through it against the lines."""
+    is_plain = x.dtype == out.dtype == torch.float32 and x.stride(1) == out.stride(0) == 1
+    is_aligned = not (out.data_ptr() % (4 * TILE) or out.stride(1) % TILE)
+    fits = is_plain and is_aligned and not (x.shape[0] % (2 * TILE) or x.shape[1] % TILE)
+    is_native = fits and not isinstance(library(), str)
+
+    def work(part: slice) -> None:
+        rows, columns = x[part], out[part]
+        if not is_native:
+            columns.copy_(rows)
+            return
+        _kernels().layers_transpose(*rows.shape, rows.data_ptr(), rows.stride(0), columns.data_ptr(), columns.stride(1))
+
+    for_rows(x.shape[0], work, at_once=ROWS_AT_ONCE)

@@ -175,6 +175,27 @@ def hf_buckets(
     Gathers over tensor- and expert-parallel ranks, walks over pipeline stages. `only_adapted` leaves out what no
     adapter changes.
     """
+    export = _exporter(model, shape, layout, only_adapted=only_adapted)
+    return stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=everywhere, allocate=allocate)
+
+
+@torch.no_grad()
+def hf_tensors_everywhere(
+    model: HiddenStateModel, shape: ModelShape, layout: Layout, *, bucket_bytes: int, only_adapted: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """What `hf_buckets` gives everywhere, tensor by tensor: views of parameters where those are whole. Collective."""
+    export = _exporter(model, shape, layout, only_adapted=only_adapted)
+    if layout.pipeline == 1:
+        yield from export()
+        return
+    for bucket in stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=True):
+        yield from bucket.tensors()
+
+
+def _exporter(
+    model: HiddenStateModel, shape: ModelShape, layout: Layout, *, only_adapted: bool
+) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+    """Gives this stage's tensors at every call, for `stream_buckets`."""
     modules = dict(model.named_modules())
 
     def adapter_of(name: str) -> Adapter | None:
@@ -196,7 +217,7 @@ def hf_buckets(
             for owner, whole in gather_experts(rule, from_shards(rule, shards, shape), shape, layout):
                 yield from zip(owner.hf, whole, strict=True)
 
-    return stream_buckets(export, layout, bucket_bytes=bucket_bytes, everywhere=everywhere, allocate=allocate)
+    return export
 
 
 def gather_experts(

@@ -4,6 +4,7 @@
 #include "products.h"
 
 #include <cstring>
+#include <immintrin.h>
 
 namespace {
 
@@ -158,6 +159,32 @@ void attend_backward(const Span* spans, int64_t num_spans, int64_t group, int64_
     }
 }
 
+constexpr int64_t TILE = 8;
+typedef float Eight __attribute__((vector_size(4 * TILE)));
+typedef Eight Unaligned __attribute__((aligned(4), may_alias)); // arrays that memcpy fills leave the registers
+typedef int Picks __attribute__((vector_size(4 * TILE)));
+
+// out[j, i] = x[i, j] of a tile: pairs of rows exchange single columns, then pairs of columns, then halves.
+inline void transpose_tile(const float* x, int64_t row, float* out, int64_t out_row) {
+    Eight a[TILE], b[TILE];
+    for (int i = 0; i < TILE; i++) a[i] = *(const Unaligned*)(x + i * row);
+    for (int i = 0; i < TILE; i += 2) {
+        b[i] = __builtin_shuffle(a[i], a[i + 1], (Picks){0, 8, 2, 10, 4, 12, 6, 14});
+        b[i + 1] = __builtin_shuffle(a[i], a[i + 1], (Picks){1, 9, 3, 11, 5, 13, 7, 15});
+    }
+    for (int i = 0; i < TILE; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            a[j] = __builtin_shuffle(b[j], b[j + 2], (Picks){0, 1, 8, 9, 4, 5, 12, 13});
+            a[j + 2] = __builtin_shuffle(b[j], b[j + 2], (Picks){2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (int j = 0; j < TILE / 2; j++) {
+        b[j] = __builtin_shuffle(a[j], a[j + 4], (Picks){0, 1, 2, 3, 8, 9, 10, 11});
+        b[j + 4] = __builtin_shuffle(a[j], a[j + 4], (Picks){4, 5, 6, 7, 12, 13, 14, 15});
+    }
+    // Past the caches, which would read every line before they write it.
+    for (int j = 0; j < TILE; j++) _mm256_stream_ps(out + j * out_row, (__m256)b[j]);
+}
+
 } // namespace
 
 extern "C" {
@@ -242,6 +269,16 @@ void layers_rotate(int64_t tokens, int64_t heads, int64_t size, const float* ang
     for (int64_t t = 0; t < tokens; t++, angles += size)
         for (int64_t h = 0; h < heads; h++, out += size)
             rotate_head(size / 2, angles, x + t * row + h * head, out, is_back ? -1.0f : 1.0f);
+}
+
+// out[k, r] = x[r, k]; x: rows `row` apart, out: rows `out_row` apart. rows is a multiple of 16, which fill a line of
+// out, width and out_row of 8, and out is aligned to 32 bytes.
+void layers_transpose(int64_t rows, int64_t width, const float* x, int64_t row, float* out, int64_t out_row) {
+    for (int64_t k = 0; k < width; k += TILE)
+        for (int64_t r = 0; r < rows; r += 2 * TILE)
+            for (int64_t next = r; next < r + 2 * TILE; next += TILE)
+                transpose_tile(x + next * row + k, row, out + k * out_row + next, out_row);
+    _mm_sfence();
 }
 
 } // extern "C"

@@ -102,6 +102,7 @@ class EngineConfig:
     max_total_tokens: int = 0  # size of the key-value cache in tokens; 0 lets SGLang decide
     max_running: int = 256  # requests decoded together
     sync_bucket_mb: int = 512  # size of one weight-sync bucket
+    share_weights: str = "auto"  # engines compute with memory the trainer writes: auto (on a CPU with room) or never
     verify_sync: str = "probe"  # probe: compare logprobs after a sync; exact: compare every weight as well
     start_timeout_s: float = 600.0  # how long an engine may take to become healthy
     request_timeout_s: float = 600.0  # how long one generation may take
@@ -323,6 +324,7 @@ CHOICES = {
     "train.offload": ("auto", "always", "never"),
     "train.loss_mode": ("chunked", "recompute", "materialized"),
     "engine.verify_sync": ("probe", "exact"),
+    "engine.share_weights": ("auto", "never"),
     "grpo.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.loss_norm": ("token_mean", "sequence_mean"),
     "opsd.lr_decay": ("constant", "linear"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.shared_weights import SharedWeights, shared_weights
 from searche1.colocation import Colocation
 from searche1.config import Config
 from searche1.policy import Policy
@@ -23,7 +24,7 @@ from searche1.rollout.servers import (
     start_engine_at,
     start_retriever,
 )
-from searche1.sync import Link, send_weights
+from searche1.sync import Link, sync_weights
 
 
 def places_of(config: Config, *, device: str, world_size: int) -> tuple[EnginePlace, ...]:
@@ -85,6 +86,9 @@ class Engines:
                     self._led[place.number] = engine
 
         ranks.everywhere(start)
+        is_whole = config.engine.tensor == 1  # else each of an engine's ranks holds parts
+        self._shares_weights = not is_gpu and bool(self._led) and is_whole and config.engine.share_weights == "auto"
+        self._memory: SharedWeights | None = None
         # It starts while the engines load.
         url = ranks.from_writer(lambda: start_retriever(config, log_dir=directory / "logs", stack=stack), beats=True)
         self._wait(list(self._led))
@@ -130,9 +134,30 @@ class Engines:
         if self._config.engine.urls:
             self._load_through_folder(policy, version=version)
             return
-        buckets = policy.hf_buckets(bucket_bytes=self._config.engine.sync_bucket_mb << 20, only_adapted=only_adapted)
-        is_exact = self._config.engine.verify_sync == "exact"
-        self._ranks.everywhere(lambda: send_weights(buckets, self._links, version=version, is_exact=is_exact))
+        memory = self._shared_weights(policy)
+        is_new = self._ranks.everywhere(lambda: memory is not None and not all(x.reads(memory) for x in self._links))
+        self._ranks.everywhere(
+            lambda: sync_weights(
+                policy,
+                self._links,
+                version=version,
+                bucket_bytes=self._config.engine.sync_bucket_mb << 20,
+                memory=memory,
+                only_adapted=only_adapted and not any(is_new),
+                is_exact=self._config.engine.verify_sync == "exact",
+            )
+        )
+
+    def _shared_weights(self, policy: Policy) -> SharedWeights | None:
+        """What the engines that this rank leads shall compute with, if they can and there is room."""
+        if self._shares_weights and self._memory is None:
+            found = shared_weights(policy.shape, policy.dtype)
+            if isinstance(found, str):
+                self._shares_weights = False
+                self._tell(f"  engines copy weights: {found}")
+            else:
+                self._memory = found
+        return self._memory
 
     def _load_through_folder(self, policy: Policy, *, version: str) -> None:
         folder = self._directory / "sync"

@@ -24,6 +24,7 @@ from megatron_ext.hf_io import (
     gather_shards,
     hf_buckets,
     hf_tensors,
+    hf_tensors_everywhere,
     load_hf_weights,
     save_hf,
 )
@@ -381,6 +382,13 @@ class Policy:
             everywhere=True,
             only_adapted=only_adapted,
             allocate=_bucket_memory if self.layout.device.type == "cpu" else None,
+        )
+
+    def hf_tensors(self, *, bucket_bytes: int, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The same, tensor by tensor, of which none outlives the next. Collective."""
+        assert self.is_on_device
+        return hf_tensors_everywhere(
+            self._model, self.shape, self.layout, bucket_bytes=bucket_bytes, only_adapted=only_adapted
         )
 
     def save_hf(self, folder: Path) -> None:

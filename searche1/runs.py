@@ -42,6 +42,7 @@ HARMLESS_KEYS = frozenset(
         "engine.max_total_tokens",
         "engine.max_running",
         "engine.sync_bucket_mb",
+        "engine.share_weights",
         "engine.start_timeout_s",
         "engine.request_timeout_s",
         "run.wandb",

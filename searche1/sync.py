@@ -7,7 +7,8 @@
     lead has its answer: bucket 1 may go
     handles -> lead   ------------------------------------->   ...
 
-On GPUs each engine rank reads the memory of the trainer's rank on its own GPU. On CPUs the lead hands everything over.
+On GPUs each engine rank reads the memory of the trainer's rank on its own GPU. On CPUs the lead hands everything over,
+or writes memory that the engine computes with (`SharedWeights`): then nothing but the first sync's handle is sent.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.buckets import Bucket
-from searche1.rollout.engine import COMPARE, Engine, EngineError, shared
+from megatron_ext.buckets import Bucket, fill_buckets
+from megatron_ext.shared_weights import SharedWeights
+from searche1.policy import Policy
+from searche1.rollout.engine import ADOPT, COMPARE, Engine, EngineError, shared
 from searche1.rollout.places import EnginePlace
 
 
@@ -37,6 +40,7 @@ class Link:
         self._thread = ThreadPoolExecutor(max_workers=1) if engine else None
         self._loading: Future[None] | None = None
         self._bucket: Bucket | None = None
+        self._read: tuple[SharedWeights, int] | None = None  # by which of the engine's processes
 
     @property
     def is_mine(self) -> bool:
@@ -49,26 +53,32 @@ class Link:
         self._start(lambda engine: engine.begin_update())
         self.settle()
 
-    def feed(self, bucket: Bucket, *, is_exact: bool) -> None:
+    def feed(self, bucket: Bucket, *, load_format: str | None = None) -> None:
         """Hands a bucket over and returns while the engine loads it; `settle` must come before the next."""
         if self._has_failed:
             return
-        own = [shared(bucket) for _ in range(2 if is_exact else 1) for source in self._own_parts()]
+        own = [shared(bucket.tensors()) for _ in self._own_parts()]
         gathered: list[Any] = [own]
         if self._group is not None:
             gathered = [None] * dist.get_world_size(self._group)
             dist.gather_object(own, gathered if self.engine else None, dst=self.place.lead, group=self._group)
         self._bucket = bucket  # its memory stays until the engine has answered
-        parts = len(self._own_parts())
-        payloads = [handle for handles in gathered if handles for handle in handles[:parts]]
-        again = [handle for handles in gathered if handles for handle in handles[parts:]]
+        payloads = [handle for handles in gathered if handles for handle in handles]
+        self._start(lambda engine: engine.load_bucket(payloads, load_format=load_format))
 
-        def load(engine: Engine) -> None:
-            engine.load_bucket(payloads)
-            if is_exact:
-                engine.load_bucket(again, load_format=COMPARE)
+    def reads(self, memory: SharedWeights) -> bool:
+        """Whether the engine computes with this memory; true where no engine is led."""
+        return self.engine is None or self._read == (memory, self.engine.starts)
 
-        self._start(load)
+    def hand_over(self, memory: SharedWeights) -> None:
+        """Has the engine compute with this memory, all of which is written."""
+        if self.engine is None or self.problem is not None or self.reads(memory):
+            return
+        starts = self.engine.starts
+        self._start(lambda engine: engine.load_bucket([shared(memory.tensors())], load_format=ADOPT))
+        self.settle()
+        if self.problem is None:
+            self._read = (memory, starts)
 
     def settle(self) -> None:
         """Waits for the engine's answer; afterwards each of its ranks knows whether it goes on. Collective."""
@@ -99,23 +109,46 @@ class Link:
             self._loading = self._thread.submit(work, self.engine)
 
 
-def send_weights(buckets: Iterable[Bucket], links: Iterable[Link], *, version: str, is_exact: bool) -> None:
-    """Puts the tensors of all buckets into all engines; `is_exact` has each compare what it then holds.
+def sync_weights(
+    policy: Policy,
+    links: Iterable[Link],
+    *,
+    version: str,
+    bucket_bytes: int,
+    memory: SharedWeights | None = None,
+    only_adapted: bool = False,
+    is_exact: bool = False,
+) -> None:
+    """Puts the policy's merged weights into all engines; `is_exact` has each compare what it then holds.
 
-    Collective. Raises EngineError on the leads of engines that failed, after all ranks are through.
+    `memory` is what this rank's engines compute with from now on. `only_adapted` leaves out what no adapter changes,
+    which they and the memory must hold already. Collective. Raises EngineError on the leads of engines that failed,
+    after all ranks are through.
     """
     mine = [link for link in links if link.is_mine]
     for link in mine:
         link.begin()
-    for bucket in buckets:  # gathering the next overlaps with the engines loading the last
+    if memory is None:
+        _feed(policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=only_adapted), mine)
+    else:
+        rest = memory.take(policy.hf_tensors(bucket_bytes=bucket_bytes, only_adapted=only_adapted))
+        _feed(fill_buckets(rest, bucket_bytes=bucket_bytes), mine)
         for link in mine:
-            link.settle()
-        for link in mine:
-            link.feed(bucket, is_exact=is_exact)
-    for link in mine:
-        link.settle()
+            link.hand_over(memory)
+    if is_exact:
+        _feed(policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=only_adapted), mine, load_format=COMPARE)
     for link in mine:
         link.end(version=version)
     for link in mine:
         if link.problem is not None:
             raise link.problem
+
+
+def _feed(buckets: Iterable[Bucket], links: Iterable[Link], *, load_format: str | None = None) -> None:
+    for bucket in buckets:  # gathering the next overlaps with the engines loading the last
+        for link in links:
+            link.settle()
+        for link in links:
+            link.feed(bucket, load_format=load_format)
+    for link in links:
+        link.settle()

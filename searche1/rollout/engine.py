@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ import aiohttp
 import requests
 import torch
 import torch.multiprocessing  # registers how tensors travel between processes
+from torch import Tensor
 
-from megatron_ext.buckets import Bucket
 from searche1.ports import hold_port
 from searche1.rollout.engine_process import engine_environment, start_process
 from searche1.types import Completion, UserError
@@ -44,7 +44,8 @@ HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
 PROGRESS_EVERY_S = 10.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
-COMPARE = "searche1.rollout.compare_weights.compare"  # a weight loader that changes nothing
+# Loaders of weights beside SGLang's own: one that changes nothing, and one that takes over the memory they lie in.
+COMPARE, ADOPT = (f"searche1.rollout.weight_loaders.{name}" for name in ("compare", "adopt"))
 
 
 class EngineError(UserError):
@@ -82,6 +83,7 @@ class Engine:
         self._ports = ports
         self._launch = launch
         self._process = launch() if launch else None
+        self.starts = 1  # a new process has forgotten what an earlier one was told
         self._request_timeout_s = request_timeout_s
         self._http = requests.Session()
         self._http.headers.update(self._headers)
@@ -199,10 +201,10 @@ class Engine:
         self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
 
     def load_bucket(self, payloads: Sequence[str], *, load_format: str | None = None) -> None:
-        """Replaces some weights by HuggingFace-named tensors; `COMPARE` as format compares instead.
+        """Replaces some weights by HuggingFace-named tensors; as format, `COMPARE` compares and `ADOPT` takes over.
 
-        `payloads` holds a `shared(bucket)` for each of the engine's ranks, from the GPU it runs on. Its bucket must
-        stay untouched until this returns.
+        `payloads` holds a `shared(tensors)` for each of the engine's ranks, from the GPU it runs on. Its memory must
+        stay untouched until this returns; adopted memory may be written while no request is under way.
         """
         request = {"serialized_named_tensors": list(payloads), "flush_cache": False, "load_format": load_format}
         answer = self._post("/update_weights_from_tensor", request).json()
@@ -261,6 +263,7 @@ class Engine:
         assert self._launch is not None, "only the rank that started an engine can start it again"
         self._end_process()
         self._process = self._launch()
+        self.starts += 1
 
     def stop(self) -> None:
         """Ends the server and its children. May be called again."""
@@ -344,7 +347,7 @@ def start_engine(
     command += ["--host", host, "--port", str(port), "--nccl-port", str(meeting_port), "--log-level", "warning"]
     command += ["--dtype", dtype, "--tp-size", str(tensor), "--random-seed", str(seed)]
     command += ["--mem-fraction-static", str(mem_fraction), "--max-running-requests", str(max_running)]
-    command += ["--grammar-backend", "none", "--custom-weight-loader", COMPARE]
+    command += ["--grammar-backend", "none", "--custom-weight-loader", COMPARE, ADOPT]
     if context_length:
         command += ["--context-length", str(context_length)]
     if kind == "cpu":
@@ -406,8 +409,8 @@ def parse_completion(body: str) -> Completion:
         raise EngineError(f"the engine answered what is no completion of SGLang's: {body[:300]!r}") from error
 
 
-def shared(bucket: Bucket) -> str:
-    """A handle of the bucket's memory for one process, which SGLang's MultiprocessingSerializer opens.
+def shared(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A handle of named tensors' memory for one process, which SGLang's MultiprocessingSerializer opens.
 
     On a GPU the memory stays where it is and may be freed once the reader has let go; on a CPU it moves to /dev/shm.
     """
@@ -416,7 +419,7 @@ def shared(bucket: Bucket) -> str:
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         buffer = io.BytesIO()
-        ForkingPickler(buffer).dump(list(bucket.tensors()))
+        ForkingPickler(buffer).dump(list(tensors))
     finally:
         torch.multiprocessing.set_sharing_strategy(sharing)
     return base64.b64encode(buffer.getvalue()).decode()

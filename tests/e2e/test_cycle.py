@@ -94,7 +94,7 @@ def test_a_tensor_parallel_trainer_and_engine_learn_what_one_process_learns(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     """Every synced weight is compared bit for bit in the engine; sampling is by seed, so rounding alone differs."""
-    layout = ("parallel.tensor=2", "engine.tensor=2")
+    layout = ("parallel.tensor=2", "engine.tensor=2")  # weights are copied: each rank of the engine holds parts
     result = torchrun(2, "quickstart", "--fast", "--out", str(tmp_path / "run"), *STRICT, *layout)
     assert result.returncode == 0, result.stdout[-5000:]
     assert ems(tmp_path / "run") == pytest.approx(ems(finished[0]), abs=0.02)

@@ -20,6 +20,7 @@ from tiny_models import FAMILIES
 from tiny_models import make_model as make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,10 +30,22 @@ from transformers import (
 )
 
 from megatron_ext.buckets import fill_buckets
+from megatron_ext.hf_mapping import model_shape
+from megatron_ext.shared_weights import SharedWeights
 from searche1.colocation import Colocation, Phase
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
-from searche1.rollout.engine import CACHE, COMPARE, WEIGHTS, Engine, EngineError, EngineLost, shared, start_engine
+from searche1.rollout.engine import (
+    ADOPT,
+    CACHE,
+    COMPARE,
+    WEIGHTS,
+    Engine,
+    EngineError,
+    EngineLost,
+    shared,
+    start_engine,
+)
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
 from searche1.types import Completion, Group, Question, UserError
@@ -118,13 +131,22 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
         yield engine
 
 
-def load(engine: Engine, tensors: Iterable[tuple[str, torch.Tensor]], *, version: str, is_exact: bool = True) -> None:
-    """New weights in small buckets, which the engine compares with what it then holds."""
+def load(
+    engine: Engine,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    version: str,
+    is_exact: bool = True,
+    memory: SharedWeights | None = None,
+) -> None:
+    """New weights in small buckets, which the engine compares with what it then holds, or in memory it takes over."""
     engine.begin_update()
-    for bucket in fill_buckets(tensors, bucket_bytes=40_000):
-        engine.load_bucket([shared(bucket)])
+    for bucket in fill_buckets(memory.take(tensors) if memory else tensors, bucket_bytes=40_000):
+        engine.load_bucket([shared(bucket.tensors())])
         if is_exact:
-            engine.load_bucket([shared(bucket)], load_format=COMPARE)
+            engine.load_bucket([shared(bucket.tensors())], load_format=COMPARE)
+    if memory:
+        engine.load_bucket([shared(memory.tensors())], load_format=ADOPT)
     engine.end_update(version=version)
 
 
@@ -276,6 +298,27 @@ def test_new_weights_take_effect_and_completions_carry_their_version(engine, ref
         assert not named[0][1].is_shared()  # the trainer's memory is its own
     finally:
         load(engine, [(name, p.detach()) for name, p in reference.named_parameters()], version="default")
+
+
+def test_an_engine_computes_with_memory_that_the_trainer_writes(engine, folder, reference):
+    """Handed over once; what is written later takes effect without a message."""
+    shape, prompts = model_shape(reference.config), prompts_of_many_lengths()[:10]
+    memory = SharedWeights(shape, torch.float32)
+    for seed in (5, 6):
+        new = make_model(vocab_size=reference.config.vocab_size, seed=seed)
+        named = [(name, p.detach()) for name, p in new.named_parameters()]
+        if seed == 5:
+            load(engine, named, version="5", memory=memory)
+        else:
+            engine.begin_update()
+            assert not list(memory.take(named))
+            engine.end_update(version="6")
+        assert max(worst_gap(new, p, c) for p, c in zip(prompts, complete(engine, prompts), strict=True)) < TOLERANCE
+    log = engine.log_path.read_text()
+    assert "SGLang's own modules" not in log and "slower" not in log
+    load(engine, [(name, p.detach()) for name, p in reference.named_parameters()], version="default")  # buckets, too
+    held = dict(memory.tensors())
+    assert all(torch.equal(held[name], p) for name, p in reference.named_parameters())  # land in that memory
 
 
 def test_sleeping_parts_wake_and_the_server_serves_on(engine, reference):
@@ -437,7 +480,7 @@ def test_an_exact_comparison_names_the_tensor_that_is_another(engine, reference)
     engine.begin_update()
     bucket = next(fill_buckets([("model.layers.1.mlp.up_proj.weight", changed)], bucket_bytes=1))
     with pytest.raises(EngineError, match=r"layers.1.mlp.up_proj.weight differs from the trainer's in 1 of 12288"):
-        engine.load_bucket([shared(bucket)], load_format=COMPARE)
+        engine.load_bucket([shared(bucket.tensors())], load_format=COMPARE)
 
 
 def test_a_tensor_parallel_engine_is_exact_before_and_after_new_weights(folder, reference, tmp_path):
@@ -450,8 +493,9 @@ def test_a_tensor_parallel_engine_is_exact_before_and_after_new_weights(folder, 
         assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
         engine.begin_update()
         for bucket in fill_buckets(((n, p.detach()) for n, p in new.named_parameters()), bucket_bytes=40_000):
-            engine.load_bucket([shared(bucket) for _ in range(tensor)])
-            engine.load_bucket([shared(bucket) for _ in range(tensor)], load_format=COMPARE)
+            payloads = [[shared(bucket.tensors()) for _ in range(tensor)] for _ in range(2)]
+            engine.load_bucket(payloads[0])
+            engine.load_bucket(payloads[1], load_format=COMPARE)
         engine.end_update(version="1")
         assert worst_gap(new, prompt, complete(engine, [prompt])[0]) < TOLERANCE
 
@@ -492,8 +536,9 @@ def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):
     with start_engine(**options) as engine:
         engine.wait_until_ready(timeout_s=300)
         for version, model in enumerate(models):
-            if version:
-                load(engine, load_file(model / "model.safetensors").items(), version="1")
+            if version:  # what is no expert's is shared
+                memory = SharedWeights(model_shape(AutoConfig.from_pretrained(model)), torch.float32)
+                load(engine, load_file(model / "model.safetensors").items(), version="1", memory=memory)
             expected = true_logprobs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), ids)
             found = torch.tensor(engine.logprobs([ids])[0][-len(expected) :])
             assert (expected - found).abs().max() < TOLERANCE

@@ -26,7 +26,7 @@ from searche1.packing import Sample, make_batches, row_weights
 from searche1.policy import Policy, read_shape
 from searche1.rollout.engine import start_engine
 from searche1.rollout.places import engine_places
-from searche1.sync import Link, send_weights
+from searche1.sync import Link, sync_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,7 +174,7 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
             assert free_gpu_bytes() - awake > 0.3 * torch.cuda.get_device_properties(0).total_memory
             policy.train_step(packed, loss, lr=0.0)  # memory that came back is memory that works
             colocation.to(Phase.SYNC, policy)
-            send_weights(policy.hf_buckets(bucket_bytes=1 << 20), [link], version=version, is_exact=True)
+            sync_weights(policy, [link], version=version, bucket_bytes=1 << 20, is_exact=True)
             colocation.to(Phase.ROLLOUT, policy)
             for mine, theirs in zip(expected, engine.logprobs(ids), strict=True):
                 gap = (torch.tensor(mine) - torch.tensor(theirs[7:])).abs().mean()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from searche1.rollout.compare_weights import compare
 from searche1.rollout.cpu_kernels import (
     attend,
     chunk_ranges,
@@ -13,6 +12,7 @@ from searche1.rollout.cpu_kernels import (
     seeded_multinomial,
     transpose_memory,
 )
+from searche1.rollout.weight_loaders import compare
 
 HEAD = 8
 

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from megatron_ext import cpu_layers
-from megatron_ext.cpu_layers import attention, can_attend, gated_activation, rms_norm, rotate, spans
+from megatron_ext.cpu_layers import (
+    attention,
+    can_attend,
+    copy_transposed,
+    gated_activation,
+    rms_norm,
+    rotate,
+    spans,
+)
 
 WHY_NOT = cpu_layers.library() if isinstance(cpu_layers.library(), str) else ""
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -142,3 +150,14 @@ def test_rotary_positions_are_megatrons(size, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cos", lambda _: pytest.fail("a layer computed the same cosines again"))
     assert torch.equal(rotate(x, angles), found)
     assert rotate(x.bfloat16(), angles) is None and rotate(x, angles[:5]) is None
+
+
+@pytest.mark.parametrize(("rows", "width"), [(16, 8), (272, 24), (528, 100), (260, 16), (7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_is_copied_into_columns_of_another_and_nowhere_else(rows, width, dtype):
+    """Also what the kernel does not know: odd sizes, and other types."""
+    x = torch.randn(rows, width + 8, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :width]
+    memory = torch.zeros(width, rows + 24, dtype=dtype)
+    copy_transposed(x, memory[:, 8 : 8 + rows].t())
+    assert torch.equal(memory[:, 8 : 8 + rows].t(), x)
+    assert not memory[:, :8].any() and not memory[:, 8 + rows :].any()

@@ -3,8 +3,9 @@
     python tools/bench/cpu_products.py
 
 The four products of a layer, all layers in a row, in PyTorch on one thread: of the Qwen2 of `rollout.py decode`, and of
-two layers of Qwen2.5-0.5B's size. Then the time to load those weights into either memory. The CPU engine transposes
-(`searche1/rollout/cpu_kernels.py`). Medians of calls in turn; JSON as the last line.
+two layers of Qwen2.5-0.5B's size. Then the time to load those weights into either memory, as the CPU engine does it
+(`searche1/rollout/cpu_kernels.py`), and as a weight sync writes them (`megatron_ext/cpu_layers.py`). Medians of calls
+in turn; JSON as the last line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from megatron_ext.cpu_layers import copy_transposed
 from searche1.rollout.cpu_kernels import transpose_memory
 
 LAYERS = {  # (in, out) of the products of all layers
@@ -42,6 +44,11 @@ def loadable(size: tuple[int, int]) -> torch.nn.Parameter:
 def load_all(weights: list[Any], sent: list[Tensor]) -> None:
     for weight, tensor in zip(weights, sent, strict=True):
         weight.weight_loader(weight, tensor)
+
+
+def write_all(weights: list[Any], sent: list[Tensor]) -> None:
+    for weight, tensor in zip(weights, sent, strict=True):
+        copy_transposed(tensor, weight)
 
 
 def multiply_all(weights: list[Any], inputs: list[Tensor]) -> None:
@@ -76,7 +83,9 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
         found[f"{rows} rows, GFLOP/s"] = {name: round(flop / s / 1e9) for name, s in taken.items()}
         found[f"{rows} rows, gain"] = round(taken["as it comes"] / taken["transposed"], 2)
     sent = [torch.randn(size[1], size[0]) for size in sizes]
-    taken = medians({name: partial(load_all, weights, sent) for name, weights in held.items()}, repeats=9)
+    loads = {name: partial(load_all, weights, sent) for name, weights in held.items()}
+    loads["transposed by the trainer"] = partial(write_all, held["transposed"], sent)
+    taken = medians(loads, repeats=9)
     bytes_ = 4 * sum(a * b for a, b in sizes)
     found["loading, GB/s"] = {name: round(bytes_ / s / 1e9, 1) for name, s in taken.items()}
     return found

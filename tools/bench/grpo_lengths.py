@@ -52,11 +52,12 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
     from megatron_ext.flops import head_flops, layer_flops
     from megatron_ext.optimizer import OptimizerSettings
     from megatron_ext.parallel import close_parallel, init_parallel
-    from searche1.config import Config, EngineConfig, TrainConfig
+    from megatron_ext.shared_weights import SharedWeights
+    from searche1.config import Config, TrainConfig
     from searche1.grpo import grpo_step
     from searche1.policy import Policy
     from searche1.rollout.places import engine_places
-    from searche1.sync import Link, send_weights
+    from searche1.sync import Link, sync_weights
 
     config = Config(grpo=GRPO, train=TrainConfig(dtype="float32", recompute="none", max_tokens=16384))
     layout = init_parallel(tensor=1, pipeline=1, sequence=False, device="cpu")
@@ -71,7 +72,7 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
     rows = []
     with cpu_engine(work / "model", work / "engine.log", max_running=128) as engine:
         engine.wait_until_ready(timeout_s=300)
-        link = Link(place, engine)
+        link, memory = Link(place, engine), SharedWeights(policy.shape, policy.dtype)
         for step in range(parsed.steps):
             groups = scripted(step, parsed)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -81,8 +82,7 @@ def run_ours(parsed: argparse.Namespace, work: Path) -> list[dict[str, float]]:
             with stopped(engine):
                 grpo_step(policy, reference, groups, config=config, lr=GRPO.lr)
             times.append(time.perf_counter())
-            buckets = policy.hf_buckets(bucket_bytes=EngineConfig().sync_bucket_mb << 20, only_adapted=False)
-            send_weights(buckets, [link], version=str(step), is_exact=False)
+            sync_weights(policy, [link], version=str(step), bucket_bytes=1 << 29, memory=memory)
             times.append(time.perf_counter())
             lengths = [len(t.prompt_ids) + len(t.response_ids) for t in trajectories]
             repeated = [len(group.trajectories[0].prompt_ids) for group in groups] * (parsed.group - 1)

@@ -2,8 +2,9 @@
 
     python tools/bench/weight_sync.py [--model NAME]
 
-Three syncs of all weights, the last of which compares bit by bit; GB/s of the second beside a plain copy of the same
-buckets. On a GPU also the memory that engine and trainer give back when they are put to sleep, and how long that takes.
+Three syncs of all weights, the last of which compares bit by bit, and on a CPU three more into memory that the engine
+computes with; GB/s of the second of each beside a plain copy of the same buckets. On a GPU also the memory that engine
+and trainer give back when they are put to sleep, and how long that takes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,39 @@ from steps import Bench, main, timed
 from torch import Tensor
 
 from megatron_ext.buckets import Bucket, SharedDoubleBuffer
+from megatron_ext.shared_weights import SharedWeights
 from searche1.colocation import Colocation, Phase
 from searche1.config import EngineConfig
 from searche1.engines import free_gpu_bytes
+from searche1.policy import Policy
 from searche1.rollout.places import engine_places
-from searche1.sync import Link, send_weights
+from searche1.sync import Link, sync_weights
+
+BUCKET_BYTES = EngineConfig().sync_bucket_mb << 20
+
+
+def one_sync(
+    bench: Bench, colocation: Colocation, policy: Policy, link: Link, memory: SharedWeights | None, is_exact: bool
+) -> dict[str, Any]:
+    """Its seconds, and those of handing the GPU over before and behind it."""
+
+    def sync() -> None:
+        sync_weights(policy, [link], version="1", bucket_bytes=BUCKET_BYTES, memory=memory, is_exact=is_exact)
+
+    to_sync_s, _ = timed(bench.device, lambda: colocation.to(Phase.SYNC, policy))
+    seconds, _ = timed(bench.device, sync)
+    to_rollout_s, _ = timed(bench.device, lambda: colocation.to(Phase.ROLLOUT, policy))
+    to_train_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, policy))
+    row = {
+        "weights": "copied" if memory is None else "shared",
+        "is_exact": is_exact,
+        "seconds": round(seconds, 4),
+        "to_sync_s": round(to_sync_s, 4),
+        "to_rollout_s": round(to_rollout_s, 4),
+        "to_train_s": round(to_train_s, 4),
+    }
+    print(f"sync: {row}", flush=True)
+    return row
 
 
 def bench_sync(bench: Bench) -> dict[str, Any]:
@@ -42,30 +71,10 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
         asleep_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, None))
         came_free = None if free is None or taken is None else taken - (before - free())
         policy = bench.policy(optimizer=is_gpu)  # whose memory is put to sleep
-        bucket_bytes = EngineConfig().sync_bucket_mb << 20
         rows = []
-        for is_exact in (False, False, True):
-            to_sync_s, _ = timed(bench.device, lambda: colocation.to(Phase.SYNC, policy))
-            buckets = policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=False)
-            seconds, _ = timed(
-                bench.device,
-                lambda buckets=buckets, is_exact=is_exact: send_weights(
-                    buckets, [link], version="1", is_exact=is_exact
-                ),
-            )
-            to_rollout_s, _ = timed(bench.device, lambda: colocation.to(Phase.ROLLOUT, policy))
-            to_train_s, _ = timed(bench.device, lambda: colocation.to(Phase.TRAIN, policy))
-            rows.append(
-                {
-                    "is_exact": is_exact,
-                    "seconds": round(seconds, 4),
-                    "to_sync_s": round(to_sync_s, 4),
-                    "to_rollout_s": round(to_rollout_s, 4),
-                    "to_train_s": round(to_train_s, 4),
-                }
-            )
-            print(f"sync: {rows[-1]}", flush=True)
-        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=bucket_bytes))  # on a CPU in the same two buffers
+        for memory in (None,) if is_gpu else (None, SharedWeights(policy.shape, policy.dtype)):
+            rows += [one_sync(bench, colocation, policy, link, memory, is_exact) for is_exact in (False, False, True)]
+        parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=BUCKET_BYTES))  # on a CPU in the same two buffers
         num_bytes = sum(len(part.buffer) for part in parts)
         room = torch.empty(max(len(part.buffer) for part in parts), dtype=torch.uint8, device=bench.layout.device)
 
@@ -75,14 +84,14 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
 
         copy()
         copy_s, _ = timed(bench.device, copy)
-        second = rows[1]["seconds"]
+        seconds = {row["weights"]: row["seconds"] for row in rows if not row["is_exact"]}  # of the second each
         shared = [] if is_gpu else shared_memory_seconds(room)
         return {
             "weight_bytes": num_bytes,
             "syncs": rows,
-            "gb_per_s": round(num_bytes / second / 1e9, 3),
+            "gb_per_s": {weights: round(num_bytes / s / 1e9, 3) for weights, s in seconds.items()},
             "device_copy_gb_per_s": round(num_bytes / copy_s / 1e9, 3),
-            "sync_over_copy": round(second / copy_s, 2),
+            "of_the_copys_speed": {weights: round(copy_s / s, 2) for weights, s in seconds.items()},
             **{f"{age}_shared_memory_gb_per_s": round(len(room) / s / 1e9, 2) for age, s in shared},
             "engine_took_bytes": taken,
             "engine_gave_bytes": came_free,
