@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiohttp
 from rich.console import Console
 from rich.text import Text
 
@@ -23,7 +22,7 @@ from searche1.prompts import Tokenizer, encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient, RetrieverError
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
-from searche1.rollout.engine import Engine, EngineError, EngineLost
+from searche1.rollout.engine import Engine, EngineError, EngineLost, http_session
 from searche1.rollout.sampler import turn_seed
 from searche1.tags import STOP_STRINGS, parse_action
 from searche1.types import Completion, Question, Span, Trajectory, UserError
@@ -55,7 +54,7 @@ class ModelWriter:
 
     def write(self, context_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Completion:
         async def generate() -> Completion:
-            async with aiohttp.ClientSession() as session:
+            async with http_session() as session:
                 return await self._engine.generate(
                     session,
                     context_ids,

@@ -42,6 +42,8 @@ STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
 HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
+# Servers close a connection that rests for 5 s, and whoever asks on it in that moment gets no answer.
+KEEP_ALIVE_S = 2.0
 PROGRESS_EVERY_S = 10.0
 WEIGHTS, CACHE = "weights", "kv_cache"  # SGLang's names of what an engine can put to sleep
 # Loaders of weights beside SGLang's own: one that changes nothing, and one that takes over the memory they lie in.
@@ -54,6 +56,11 @@ class EngineError(UserError):
 
 class EngineLost(EngineError):
     """An engine does not answer any more: whatever it was doing has to be done by another."""
+
+
+def http_session() -> aiohttp.ClientSession:
+    """For `Engine.generate`: a connection for every request under way. Call it inside an event loop."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
 
 
 class Engine:
@@ -86,7 +93,7 @@ class Engine:
         self.starts = 1  # a new process has forgotten what an earlier one was told
         self._request_timeout_s = request_timeout_s
         self._http = requests.Session()
-        self._http.headers.update(self._headers)
+        self._http.headers.update({**self._headers, "Connection": "close"})  # for the same reason as KEEP_ALIVE_S
         self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
         self._has_sessions = False
         if launch:

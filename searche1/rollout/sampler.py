@@ -16,7 +16,7 @@ from searche1.prompts import Passage, Tokenizer, encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverError
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
-from searche1.rollout.engine import EngineError, EngineLost
+from searche1.rollout.engine import EngineError, EngineLost, http_session
 from searche1.rollout.fleet import Fleet
 from searche1.tags import STOP_STRINGS
 from searche1.types import Completion, Group, Question, Span, Trajectory, UserError
@@ -156,7 +156,7 @@ class Sampler:
         )
         for reward in rollouts.rewards.values():
             tally.count(reward, "(of an earlier try)")
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with http_session() as session:
 
             async def roll_out(place: Place) -> None:
                 start = rollouts.starts[place[0]]

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
 from torch import Tensor
 
@@ -43,7 +42,7 @@ from searche1.opsd import TrainedPair, opsd_step
 from searche1.packing import Sample
 from searche1.planner.hardware import GPUS
 from searche1.policy import Policy
-from searche1.rollout.engine import Engine, start_engine
+from searche1.rollout.engine import Engine, http_session, start_engine
 from searche1.types import Group, Question, Span, Trajectory
 
 TOKENIZER_FROM = Path(__file__).resolve().parents[2] / "searche1" / "assets" / "toy_policy"
@@ -259,7 +258,7 @@ def bench_rollout(bench: Bench) -> dict[str, Any]:
         engine.wait_until_ready(timeout_s=600)
 
         async def run(prompts: Sequence[Sequence[int]]) -> int:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            async with http_session() as session:
                 completions = await asyncio.gather(
                     *(
                         engine.generate(session, ids, max_new_tokens=TURN, temperature=1.0, top_p=1.0, stop=(), seed=k)

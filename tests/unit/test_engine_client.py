@@ -1,0 +1,77 @@
+"""How we speak HTTP with engines."""
+
+import asyncio
+import inspect
+import json
+
+import pytest
+import uvicorn
+
+from searche1.rollout import engine as engine_module
+from searche1.rollout.engine import KEEP_ALIVE_S, Engine, http_session
+
+META = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": "1"}
+ANSWER = json.dumps({"text": "x", "meta_info": META}).encode()
+SETTINGS = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "stop": (), "seed": 0}
+
+
+@pytest.fixture
+def connections() -> list[int]:
+    """How many requests came on each connection."""
+    return []
+
+
+async def serve(connections: list[int]) -> tuple[asyncio.Server, str]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = len(connections)
+        connections.append(0)
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:  # the client has closed it
+                writer.close()
+                return
+            length = next(int(h.split(b":")[1]) for h in head.lower().splitlines() if h.startswith(b"content-length"))
+            await reader.readexactly(length)
+            connections[number] += 1
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(ANSWER), ANSWER))
+            await writer.drain()
+            if b"connection: close" in head.lower():
+                writer.close()
+                return
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    return server, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def test_a_connection_that_a_server_may_be_closing_is_not_used_again(connections, monkeypatch):
+    monkeypatch.setattr(engine_module, "KEEP_ALIVE_S", 0.2)
+
+    async def run() -> None:
+        server, url = await serve(connections)
+        async with server, http_session() as session:
+            engine = Engine(url=url)
+            for rest_s in (0.0, 0.0, 0.5, 0.0):  # turns of one trajectory, whose third waits for a search
+                await asyncio.sleep(rest_s)
+                completion = await engine.generate(session, [1, 2], **SETTINGS)
+                assert completion.token_ids == (7,)
+
+    asyncio.run(run())
+    assert connections == [2, 2]
+
+
+def test_we_let_connections_go_before_servers_do():
+    default = inspect.signature(uvicorn.Config.__init__).parameters["timeout_keep_alive"].default  # SGLang's too
+    assert default / 2 > KEEP_ALIVE_S
+
+
+def test_what_is_no_completion_has_a_connection_of_its_own(connections):
+    async def run() -> None:
+        server, url = await serve(connections)
+        async with server:
+            engine = Engine(url=url)
+            for _ in range(2):
+                await asyncio.to_thread(engine._post, "/flush_cache", {})
+
+    asyncio.run(run())
+    assert connections == [1, 1]
