@@ -1,7 +1,8 @@
 """How fast rollouts are, against what a user would take instead. Same model, prompts and token counts, in turn.
 
     python tools/bench/rollout.py decode    tokens a second of the engine alone: every request decodes as many tokens
-                                            as every other, beside SGLang without our kernels and HuggingFace generate
+                                            as every other, beside SGLang without our kernels, HuggingFace generate,
+                                            and the model's matrix products with nothing around them: the ceiling
     python tools/bench/rollout.py turns     trajectories a second of engines alone, with uneven turns and passages as in
                                             the paper's task: ours, stock, and HuggingFace generate, turn by turn,
                                             which reads every context again and waits for the longest
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import torch
 from cpu_engine import cpu_engine, go_on, running, stop, stopped
 from hf_loop import TOY_POLICY, TurnLoop, left_padded
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -54,7 +56,7 @@ from searche1.config import load_config
 from searche1.data import load_questions
 from searche1.models import load_tokenizer
 from searche1.quickstart import make_world
-from searche1.rollout.engine import Engine
+from searche1.rollout.engine import Engine, http_session
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler
 from searche1.rollout.servers import make_retriever_client, start_retriever
@@ -95,7 +97,7 @@ async def decode(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: S
             answer = json.loads(await response.text())
         return len(answer["meta_info"]["output_token_logprobs"])
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with http_session() as session:
         return sum(await asyncio.gather(*(one(session, number) for number in range(len(prompts)))))
 
 
@@ -132,7 +134,9 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             stop(engine)
         rows = []
         for together in parsed.together:
-            seconds: dict[str, list[float]] = {"ours": [], "stock SGLang": [], "HuggingFace generate": []}
+            names = ("ours", "stock SGLang", "HuggingFace generate", "products alone")
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            products = decoding_products(hf, rows=together)
             for repeat in range(parsed.repeats + 1):
                 dice = random.Random(repeat)  # new prompts, so that no prefix is cached
                 prompts = [[dice.randrange(3, 400) for _ in range(PROMPT_TOKENS)] for _ in range(together)]
@@ -155,11 +159,13 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                         )
                     return out.sequences[:, ids.shape[1] :].numel()
 
-                for name, work_of, engine in (
-                    ("ours", on(ours), ours),
-                    ("stock SGLang", on(stock), stock),
-                    ("HuggingFace generate", generate, None),
-                ):
+                def multiply(together: int = together, products: Callable[[], None] = products) -> int:
+                    for _ in range(NEW_TOKENS):
+                        products()
+                    return NEW_TOKENS * together
+
+                works = ((on(ours), ours), (on(stock), stock), (generate, None), (multiply, None))
+                for name, (work_of, engine) in zip(names, works, strict=True):
                     with running(engine) if engine else contextlib.nullcontext():
                         started = time.perf_counter()
                         tokens = work_of()
@@ -177,6 +183,34 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
         for engine in (ours, stock):
             go_on(engine)
     return {"decode": rows}
+
+
+def decoding_products(model: PreTrainedModel, *, rows: int) -> Callable[[], None]:
+    """The matrix products of one decoding step, and nothing else: what no engine on PyTorch's products can pass.
+
+    Fused and transposed in memory as in our engine.
+    """
+    weights = [torch.cat([weight.data for weight in group]) for group in product_weights(model)]
+    weights = [weight.t().contiguous().t() for weight in weights]
+    inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
+
+    def multiply() -> None:
+        with torch.inference_mode():
+            for x, weight in zip(inputs, weights, strict=True):
+                linear(x, weight)
+
+    return multiply
+
+
+def product_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, ...]]:
+    """By the products that an engine takes together."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
+        yield (attention.o_proj.weight,)
+        yield mlp.gate_proj.weight, mlp.up_proj.weight
+        yield (mlp.down_proj.weight,)
+    yield (model.lm_head.weight,)
 
 
 def median_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
@@ -213,7 +247,7 @@ async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> Replayed
                 found.cached_tokens += meta["cached_tokens"]
             context = [*context, *span.token_ids]
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with http_session() as session:
         await asyncio.gather(*(one(session, trajectory) for trajectory in trajectories))
     return found
 
