@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_ext.buckets import ALIGNMENT
+from megatron_ext.buckets import ALIGNMENT, SharedDoubleBuffer
 from megatron_ext.cpu_layers import copy_transposed
 from megatron_ext.hf_mapping import ModelShape, hf_size, model_rules
 
@@ -65,6 +65,7 @@ class SharedWeights:
     def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         """Takes `nbytes(shape, dtype)` of /dev/shm, which must have room: pages come with the first write."""
         found, count = places(shape, dtype)
+        self.for_the_rest = SharedDoubleBuffer()  # buckets of what has no place here
         storage = torch.UntypedStorage._new_using_filename_cpu(count * dtype.itemsize)
         memory = torch.empty(0, dtype=dtype).set_(storage)
         self._views = {n: memory.as_strided(place.size, place.stride, place.offset) for n, place in found.items()}

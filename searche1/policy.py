@@ -384,7 +384,7 @@ class Policy:
             allocate=_bucket_memory if self.layout.device.type == "cpu" else None,
         )
 
-    def hf_tensors(self, *, bucket_bytes: int, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors_everywhere(self, *, bucket_bytes: int, only_adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The same, tensor by tensor, of which none outlives the next. Collective."""
         assert self.is_on_device
         return hf_tensors_everywhere(

@@ -131,8 +131,8 @@ def sync_weights(
     if memory is None:
         _feed(policy.hf_buckets(bucket_bytes=bucket_bytes, only_adapted=only_adapted), mine)
     else:
-        rest = memory.take(policy.hf_tensors(bucket_bytes=bucket_bytes, only_adapted=only_adapted))
-        _feed(fill_buckets(rest, bucket_bytes=bucket_bytes), mine)
+        tensors = policy.hf_tensors_everywhere(bucket_bytes=bucket_bytes, only_adapted=only_adapted)
+        _feed(fill_buckets(memory.take(tensors), bucket_bytes=bucket_bytes, allocate=memory.for_the_rest), mine)
         for link in mine:
             link.hand_over(memory)
     if is_exact:

@@ -115,7 +115,7 @@ def why_not(layer: Any) -> str:
         return "quantized weights"
     if any(product.tp_size != 1 or product.skip_bias_add for product in products):
         return "the engine is tensor-parallel"
-    if any(x.dtype != torch.float32 or not (x.is_contiguous() or x.t().is_contiguous()) for x in tensors):
+    if any(x.dtype != torch.float32 or not x.is_contiguous() for x in tensors):
         return "they are not in float32"
     if any(type(norm) is not RMSNorm or norm.variance_size_override is not None for norm in norms):
         return "norms with options"

@@ -18,22 +18,31 @@ from megatron_ext.host import give_back_freed_memory
 Named = list[tuple[str, Tensor]]
 
 
-class _Compares(TorchDispatchMode):
-    """Asks whether a copy would change its destination, instead of copying."""
+class _InsteadOfCopies(TorchDispatchMode):
+    """Gives `meet` what would be copied, and where, and copies nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        self.meet(*args[:2])
+        return args[0]
+
+    def meet(self, held: Tensor, sent: Tensor) -> None:
+        raise NotImplementedError
+
+
+class _Compares(_InsteadOfCopies):
+    """Asks whether a copy would change its destination."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_compared = 0
         self.num_different = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.copy_.default:
-            return func(*args, **(kwargs or {}))
-        held, sent = args[:2]
+    def meet(self, held: Tensor, sent: Tensor) -> None:
         self.num_compared += held.numel()
         # Copying converts types, as loading does. NaN is no bit pattern that a trained weight should have.
         self.num_different += int((held != sent.to(held.device, held.dtype)).sum())
-        return held
 
 
 @torch.no_grad()
@@ -48,18 +57,15 @@ def compare(model: torch.nn.Module, named_tensors: Named) -> None:
             )
 
 
-class _Notes(TorchDispatchMode):
-    """Remembers what would be copied where, instead of copying."""
+class _Notes(_InsteadOfCopies):
+    """Remembers what would be copied where."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[tuple[Tensor, Tensor]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.copy_.default:
-            return func(*args, **(kwargs or {}))
-        self.copies.append((args[0], args[1]))
-        return args[0]
+    def meet(self, held: Tensor, sent: Tensor) -> None:
+        self.copies.append((held, sent))
 
 
 @torch.no_grad()
