@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_ext import blas
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -41,9 +43,11 @@ def use_threads(count: int) -> None:
     the first tensor it copies.
     """
     torch.set_num_threads(count)
+    blas.use_threads(count)
     if count > 1:
         os.register_at_fork(after_in_child=_one_thread)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    blas.use_threads(1)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_ext.blas import multiply_by_openblas
 from megatron_ext.cpu import enable_cpu_mode
 from megatron_ext.host import keep_freed_memory
 
@@ -95,6 +96,7 @@ def init_parallel(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         keep_freed_memory()
+        multiply_by_openblas()
         enable_cpu_mode()
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)

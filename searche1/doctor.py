@@ -61,6 +61,8 @@ class Machine:
     compute_modes: tuple[str, ...]  # of these GPUs, as the driver names them: "Default", "Exclusive_Process", ...
     num_torch_gpus: int  # as torch can use them
     no_native_losses: str  # why the losses' C++ kernels cannot be used; empty if they can
+    openblas: str  # the CPUs whose kernels OpenBLAS uses on this one, as it names them; empty without OpenBLAS
+    no_openblas: str  # why there is none; empty if there is
     has_plugin: bool  # SGLang will find the CPU platform
     omp_num_threads: str | None
     cores: int
@@ -84,7 +86,10 @@ def run_doctor() -> list[Check]:
 
 def inspect_machine() -> Machine:
     versions = {name: package_version(name) for name in PACKAGES}
-    torch_error, num_torch_gpus, no_native_losses = _ask_torch() if versions["torch"] else ("", 0, "torch is missing")
+    missing = "torch is missing"
+    torch_error, num_torch_gpus, no_native_losses, openblas, no_openblas = (
+        _ask_torch() if versions["torch"] else ("", 0, missing, "", missing)
+    )
     shared_memory = Path("/dev/shm")
     plugins = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     return Machine(
@@ -95,6 +100,8 @@ def inspect_machine() -> Machine:
         compute_modes=_compute_modes(),
         num_torch_gpus=num_torch_gpus,
         no_native_losses=no_native_losses,
+        openblas=openblas,
+        no_openblas=no_openblas,
         has_plugin=any(plugin.name == PLUGIN_NAME for plugin in plugins),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         cores=num_cores(),
@@ -108,14 +115,17 @@ def inspect_machine() -> Machine:
     )
 
 
-def _ask_torch() -> tuple[str, int, str]:
+def _ask_torch() -> tuple[str, int, str, str, str]:
     try:
         import torch
 
+        from megatron_ext import blas
         from megatron_ext.vocab_parallel import native
     except (ImportError, OSError) as error:  # OSError: a shared library of CUDA does not load
-        return f"{type(error).__name__}: {error}", 0, "torch cannot be imported"
-    return "", torch.cuda.device_count(), native.why_absent() or ""
+        reason = "torch cannot be imported"
+        return f"{type(error).__name__}: {error}", 0, reason, "", reason
+    missing = blas.missing()
+    return "", torch.cuda.device_count(), native.why_absent() or "", "" if missing else blas.core(), missing
 
 
 def _compute_modes() -> tuple[str, ...]:
@@ -149,6 +159,8 @@ def judge(machine: Machine) -> Iterator[Check]:
         yield _alloc_conf(machine)
     yield _transformer_engine(machine)
     yield _losses(machine)
+    if not machine.num_torch_gpus:
+        yield _products(machine)
     yield _threads(machine)
     yield _cores(machine)
     yield _memory(machine)
@@ -260,6 +272,13 @@ def _losses(machine: Machine) -> Check:
         return Check("loss kernels", "ok", "C++")
     remedy = f"install g++, then {INSTALL_SELF}: the losses take several times longer in plain torch"
     return Check("loss kernels", "warn", f"plain torch: {machine.no_native_losses}", remedy)
+
+
+def _products(machine: Machine) -> Check:
+    if not machine.no_openblas:
+        return Check("products", "ok", f"OpenBLAS, with kernels for {machine.openblas}")
+    remedy = "pip install --no-deps scipy-openblas32: layers take longer without it, twice as long on some CPUs"
+    return Check("products", "warn", f"no OpenBLAS: {machine.no_openblas}", remedy)
 
 
 def _threads(machine: Machine) -> Check:

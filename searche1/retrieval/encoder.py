@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoTokenizer
 
+from megatron_ext.blas import multiply_by_openblas
 from searche1.retrieval.recipe import Kind, Recipe, choose_recipe, read_json
 from searche1.types import UserError
 
@@ -53,6 +54,8 @@ class Encoder:
         """`device` is "auto", "cpu", "cuda" or "cuda:N"; `number` is that of this process. Raises UserError."""
         self.recipe = recipe
         self.device = choose_device(device, number)
+        if self.device == "cpu":
+            multiply_by_openblas()
         transformers.utils.logging.disable_progress_bar()  # loading takes a second
         path = minilm_path() if recipe.encoder == "minilm" else recipe.encoder
         try:

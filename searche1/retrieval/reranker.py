@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from megatron_ext.blas import multiply_by_openblas
 from searche1.retrieval.encoder import choose_device, choose_dtype
 from searche1.types import UserError
 
@@ -22,6 +23,8 @@ class Reranker:
     def __init__(self, model: str, device: str, dtype: str) -> None:
         """`model` is a HuggingFace folder or hub id; device and dtype are as an encoder's. Raises UserError."""
         self._device = choose_device(device)
+        if self._device == "cpu":
+            multiply_by_openblas()
         transformers.utils.logging.disable_progress_bar()  # loading takes a second
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from torch import Tensor
 
 from searche1.rollout import engine_ops
 from searche1.rollout.cpu_kernels import Chunk, attend, make_chunks
+from searche1.rollout.engine_ops import Tokens
 
 
 class BatchedNativeAttention(TorchNativeAttnBackend):
@@ -21,6 +24,7 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
     """
 
     chunks: list[Chunk] | None
+    new_tokens: Tokens | None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -28,7 +32,7 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
         self.numbers, self.lengths = forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long()
         is_decode = forward_batch.forward_mode.is_decode()
         self.counts = None if is_decode else forward_batch.extend_seq_lens.long()
-        self.chunks = None  # one plan serves every layer
+        self.chunks, self.new_tokens = None, None  # one plan serves every layer
 
     def _plan(self) -> list[Chunk]:
         seq_lens = self.lengths.tolist()
@@ -37,6 +41,24 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
             seq_lens=seq_lens,
             query_lens=[1] * len(seq_lens) if self.counts is None else self.counts.tolist(),
         )
+
+    def tokens(self, positions: Tensor, places: Tensor) -> Tokens:
+        """This batch's new tokens, for layers in C++. positions, places: int64 [tokens], as SGLang's models get."""
+        if self.new_tokens is None:
+            slots = self.req_to_token_pool.req_to_token
+            assert slots.dtype == torch.int32 and slots.stride(1) == 1
+            self.new_tokens = Tokens(
+                count=positions.shape[0],
+                requests=self.numbers.shape[0],
+                slots_stride=slots.stride(0),
+                positions=positions.data_ptr(),
+                places=places.data_ptr(),
+                numbers=self.numbers.data_ptr(),
+                lengths=self.lengths.data_ptr(),
+                counts=None if self.counts is None else self.counts.data_ptr(),
+                slots=slots.data_ptr(),
+            )
+        return self.new_tokens
 
     def attend(self, query, output, keys, values, scale):
         """Fills `output` in C++."""

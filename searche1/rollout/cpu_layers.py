@@ -7,6 +7,7 @@ SGLang's own forward.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor
-from torch.nn.functional import linear
 
+from megatron_ext import blas
 from searche1.rollout.cpu_attention import BatchedNativeAttention
 from searche1.rollout.cpu_kernels import transpose_memory
-from searche1.rollout.engine_ops import HEAD_SIZES, WIDTH, kernels
+from searche1.rollout.engine_ops import HEAD_SIZES, WIDTH, Layer, Tokens, kernels
 
 logger = logging.getLogger(__name__)
 
@@ -36,64 +37,62 @@ class DirectLayer:
     def __init__(self, layer: Any) -> None:
         """Of a layer that `why_not` has nothing against."""
         attention, mlp = layer.self_attn, layer.mlp
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv, self.out, self.gate_up, self.down = _products(layer)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.products = _products(layer)
         self.attention: Any = attention.attn
-        self.angles: Tensor = attention.rotary_emb.cos_sin_cache
-        self.heads, self.kv_heads, self.size = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.mlp_width = mlp.gate_up_proj.output_size // 2
         self.kernels = kernels()
-        for product in _products(layer):
+        self.is_as = Layer(
+            sgemm=blas.sgemm_address(),
+            hidden=self.products[1].output_size,
+            heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads,
+            size=attention.head_dim,
+            width=mlp.gate_up_proj.output_size // 2,
+            eps=norms[0].variance_epsilon,
+            scale=self.attention.scaling,
+        )
+        self.scratch = self.is_as.scratch()
+        for product in self.products:
             transpose_memory(product.weight)
+        rows = {"angles": attention.rotary_emb.cos_sin_cache}
+        rows |= dict(zip(("before_attention", "before_mlp"), (norm.weight for norm in norms), strict=True))
+        self.rows: list[tuple[str, Tensor]] = list(rows.items())
+        self.linears = [
+            (getattr(self.is_as, name), product.weight, product.bias)
+            for name, product in zip(("qkv", "out", "gate_up", "down"), self.products, strict=True)
+        ]
 
     def forward(
-        self, positions: Tensor, x: Tensor, places: Tensor, backend: BatchedNativeAttention, residual: Tensor | None
+        self, tokens: Tokens, x: Tensor, backend: BatchedNativeAttention, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The layer's output before its sum with the residual, and the residual.
 
-        positions, places: int64 [tokens], in the sequence and in the key-value cache. x, residual: float32 [tokens,
-        hidden size].
+        x, residual: float32 [tokens, hidden size].
         """
-        x, residual = self._norm(self.before_attention, x, residual)
-        packed = linear(x, self.qkv.weight, self.qkv.bias)
+        self._point()
         keys, values = backend.token_to_kv_pool.get_kv_buffer(self.attention.layer_id)
-        rows = x.shape[0]  # len(x) is Python code of PyTorch's
-        query, attended = x.new_empty(2, rows, self.heads, self.size).unbind()
-        self.kernels.ops_rotate_and_keep(
-            rows,
-            self.heads,
-            self.kv_heads,
-            self.size,
-            positions.data_ptr(),
-            self.angles.data_ptr(),
-            packed.data_ptr(),
-            places.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            query.data_ptr(),
-        )
-        backend.attend(query, attended, keys, values, self.attention.scaling)
-        x = linear(attended.flatten(1), self.out.weight, self.out.bias)
-        x, residual = self._norm(self.before_mlp, x, residual)
-        both = linear(x, self.gate_up.weight, self.gate_up.bias)
-        gated = x.new_empty(rows, self.mlp_width)
-        self.kernels.ops_silu_and_mul(rows, self.mlp_width, both.data_ptr(), gated.data_ptr())
-        return linear(gated, self.down.weight, self.down.bias), residual
-
-    def _norm(self, norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of x, plus the residual if there is one, and what it is the norm of."""
-        out = torch.empty_like(x)
-        total = x if residual is None else torch.empty_like(x)
-        self.kernels.ops_rms_norm(
-            *x.shape,
+        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        scratch = x.new_empty(x.shape[0] * self.scratch)
+        self.kernels.ops_layer(
+            ctypes.byref(self.is_as),
+            ctypes.byref(tokens),
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
-            norm.weight.data_ptr(),
-            norm.variance_epsilon,
-            None if residual is None else total.data_ptr(),
+            scratch.data_ptr(),
+            total.data_ptr(),
             out.data_ptr(),
         )
         return out, total
+
+    def _point(self) -> None:
+        """At where its weights are now: a sync may have them lie elsewhere."""
+        for name, row in self.rows:
+            setattr(self.is_as, name, row.data_ptr())
+        for linear, weight, bias in self.linears:
+            assert weight.stride(0) == 1, "a weight came in rows: transpose_memory was undone"
+            linear.weight = weight.data_ptr()
+            linear.bias = None if bias is None else bias.data_ptr()
 
 
 def _products(layer: Any) -> tuple[Any, ...]:
@@ -103,6 +102,8 @@ def _products(layer: Any) -> tuple[Any, ...]:
 
 def why_not(layer: Any) -> str:
     """What keeps a layer of SGLang's from being computed directly; empty if nothing does."""
+    if reason := blas.missing():
+        return f"no OpenBLAS: {reason}"
     attention = layer.self_attn
     rotary, core = attention.rotary_emb, attention.attn
     products = _products(layer)
@@ -159,7 +160,7 @@ def direct(forward: Forward) -> Forward:
         )
         if found is None or not fits:
             return forward(layer, positions, hidden_states, forward_batch, residual)
-        return found.forward(positions, hidden_states, places, backend, residual)
+        return found.forward(backend.tokens(positions, places), hidden_states, backend, residual)
 
     return decoder_layer
 

@@ -71,10 +71,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.model_executor import forward_batch_info
 
+        from megatron_ext.blas import multiply_by_openblas
         from searche1.rollout import cpu_layers, engine_ops
         from searche1.rollout.cpu_attention import BatchedNativeAttention
         from searche1.rollout.cpu_kernels import filtered_multinomial, new_positions, seeded_multinomial
 
+        multiply_by_openblas()
         # Under the old name, by which SGLang knows that there is no Triton.
         register_attention_backend("torch_native")(BatchedNativeAttention)
         # Its hash exists in CUDA and in sgl_kernel only.

@@ -119,6 +119,52 @@ void attention(const Cache& cache, int64_t requests, int64_t heads, const float*
     }
 }
 
+void norm_rows(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight, float eps,
+               float* sum, float* out) {
+    for (int64_t r = 0; r < rows; r++, out += width) {
+        const float* from = x + r * width;
+        if (residual) {
+            for (int64_t k = 0; k < width; k += LANES)
+                store(sum + r * width + k, load(from + k) + load(residual + r * width + k));
+            from = sum + r * width;
+        }
+        Floats squares = all(0);
+        for (int64_t k = 0; k < width; k += LANES) squares += load(from + k) * load(from + k);
+        const float scale = 1.0f / std::sqrt(quick_sum(squares) / (float)width + eps);
+        for (int64_t k = 0; k < width; k += LANES) store(out + k, load(from + k) * scale * load(weight + k));
+    }
+}
+
+// From rows of queries, keys and values [tokens, (heads + 2 * kv_heads) * size]: queries rotated to `query`, keys
+// rotated and values to their place in the cache.
+void rotate_and_keep(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const int64_t* positions,
+                     const float* angles, const float* x, const int64_t* places, float* keys, float* values,
+                     float* query) {
+    const int64_t kept = kv_heads * size;
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* angle = angles + positions[t] * size;
+        for (int64_t h = 0; h < heads; h++, x += size, query += size) rotate_head(size / 2, angle, x, query);
+        for (int64_t h = 0; h < kv_heads; h++, x += size)
+            rotate_head(size / 2, angle, x, keys + places[t] * kept + h * size);
+        std::memcpy(values + places[t] * kept, x, kept * sizeof(float));
+        x += kept;
+    }
+}
+
+// cblas_sgemm of OpenBLAS.
+typedef void (*Sgemm)(int order, int a_order, int b_order, int rows, int columns, int inner, float alpha,
+                      const float* a, int a_stride, const float* b, int b_stride, float beta, float* c, int c_stride);
+
+struct Linear {
+    const float *weight, *bias; // [in, out], and [out] or null
+};
+
+void apply(Sgemm sgemm, Linear linear, int64_t rows, int64_t in, int64_t out, const float* x, float* y) {
+    if (linear.bias)
+        for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * out, linear.bias, out * sizeof(float));
+    sgemm(101, 111, 111, rows, out, in, 1.0f, x, in, linear.weight, out, linear.bias ? 1.0f : 0.0f, y, out);
+}
+
 // SplitMix64's finalizer (Steele, Lea, Flood 2014).
 inline uint64_t mix(uint64_t bits) {
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -183,18 +229,7 @@ void ops_seeded_multinomial(int64_t rows, int64_t vocab, const double* logprobs,
 // out = norm(x + residual) * weight, sum = x + residual; without a residual sum is not written. All [rows, width].
 void ops_rms_norm(int64_t rows, int64_t width, const float* x, const float* residual, const float* weight, float eps,
                   float* sum, float* out) {
-    for (int64_t r = 0; r < rows; r++, out += width) {
-        const float* from = x + r * width;
-        if (residual) {
-            for (int64_t k = 0; k < width; k += LANES)
-                store(sum + r * width + k, load(from + k) + load(residual + r * width + k));
-            from = sum + r * width;
-        }
-        Floats squares = all(0);
-        for (int64_t k = 0; k < width; k += LANES) squares += load(from + k) * load(from + k);
-        const float scale = 1.0f / std::sqrt(quick_sum(squares) / (float)width + eps);
-        for (int64_t k = 0; k < width; k += LANES) store(out + k, load(from + k) * scale * load(weight + k));
-    }
+    norm_rows(rows, width, x, residual, weight, eps, sum, out);
 }
 
 // out[:, k] = silu(x[:, k]) * x[:, width + k]; x [rows, 2 * width].
@@ -210,20 +245,43 @@ void ops_rotate(int64_t tokens, int64_t heads, int64_t size, const int64_t* posi
             rotate_head(size / 2, angles + positions[t] * size, x + t * stride + h * size, out);
 }
 
-// From rows of queries, keys and values [tokens, (heads + 2 * kv_heads) * size]: queries rotated to `query`, keys
-// rotated and values to their place in the cache.
-void ops_rotate_and_keep(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size, const int64_t* positions,
-                         const float* angles, const float* x, const int64_t* places, float* keys, float* values,
-                         float* query) {
-    const int64_t kept = kv_heads * size;
-    for (int64_t t = 0; t < tokens; t++) {
-        const float* angle = angles + positions[t] * size;
-        for (int64_t h = 0; h < heads; h++, x += size, query += size) rotate_head(size / 2, angle, x, query);
-        for (int64_t h = 0; h < kv_heads; h++, x += size)
-            rotate_head(size / 2, angle, x, keys + places[t] * kept + h * size);
-        std::memcpy(values + places[t] * kept, x, kept * sizeof(float));
-        x += kept;
-    }
+// What a decoder layer is: sizes, and weights as Linear has them.
+struct Layer {
+    Sgemm sgemm;
+    int64_t hidden, heads, kv_heads, size, width; // width of the feed-forward layer
+    float eps, scale;
+    const float *angles, *before_attention, *before_mlp; // weights of the norms
+    Linear qkv, out, gate_up, down;
+};
+
+// What its new tokens are, packed, and where those of their requests lie; as ops_attention and rotate_and_keep have it.
+struct Tokens {
+    int64_t count, requests, slots_stride;
+    const int64_t *positions, *places, *numbers, *lengths, *counts;
+    const int32_t* slots;
+    float *keys, *values;
+};
+
+// x, and residual or null [tokens, hidden] -> out, and sum: what the next layer takes as its residual. scratch
+// [tokens, hidden + 2 * heads * size + the larger of (heads + 2 * kv_heads) * size and 2 * width].
+void ops_layer(const Layer* layer, const Tokens* tokens, const float* x, const float* residual, float* scratch,
+               float* sum, float* out) {
+    const Layer& is = *layer;
+    const int64_t rows = tokens->count, inner = is.heads * is.size, packed = inner + 2 * is.kv_heads * is.size;
+    float *normed = scratch, *query = normed + rows * is.hidden, *attended = query + rows * inner;
+    float* wide = attended + rows * inner;
+    norm_rows(rows, is.hidden, x, residual, is.before_attention, is.eps, sum, normed);
+    apply(is.sgemm, is.qkv, rows, is.hidden, packed, normed, wide);
+    rotate_and_keep(rows, is.heads, is.kv_heads, is.size, tokens->positions, is.angles, wide, tokens->places,
+                    tokens->keys, tokens->values, query);
+    ops_attention(tokens->requests, is.heads, is.kv_heads, is.size, query, tokens->keys, tokens->values,
+                  tokens->slots, tokens->slots_stride, tokens->numbers, tokens->lengths, tokens->counts, is.scale,
+                  attended);
+    apply(is.sgemm, is.out, rows, inner, is.hidden, attended, out);
+    norm_rows(rows, is.hidden, out, residual ? sum : x, is.before_mlp, is.eps, sum, normed);
+    apply(is.sgemm, is.gate_up, rows, is.hidden, 2 * is.width, normed, wide);
+    for (int64_t r = 0; r < rows; r++) gate_row(is.width, wide + r * 2 * is.width, wide + r * is.width);
+    apply(is.sgemm, is.down, rows, is.width, is.hidden, wide, out);
 }
 
 } // extern "C"

@@ -26,8 +26,41 @@ SIGNATURES = {
     "ops_silu_and_mul": (_INT64, _INT64, _POINTER, _POINTER),
     "ops_seeded_multinomial": (_INT64, _INT64, *[_POINTER] * 4),
     "ops_rotate": (*[_INT64] * 3, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
-    "ops_rotate_and_keep": (*[_INT64] * 4, *[_POINTER] * 7),
+    "ops_layer": [_POINTER] * 7,
 }
+
+
+class Linear(ctypes.Structure):
+    """weight [in, out] in memory, and bias [out] or None."""
+
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER)]
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer` of engine_ops.cpp: sizes and weights of a decoder layer."""
+
+    _fields_ = [
+        ("sgemm", _POINTER),
+        *((name, _INT64) for name in ("hidden", "heads", "kv_heads", "size", "width")),
+        *((name, _FLOAT) for name in ("eps", "scale")),
+        *((name, _POINTER) for name in ("angles", "before_attention", "before_mlp")),
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
+    ]
+
+    def scratch(self) -> int:
+        """Floats that `ops_layer` needs for a token."""
+        inner = self.heads * self.size
+        return self.hidden + 2 * inner + max(inner + 2 * self.kv_heads * self.size, 2 * self.width)
+
+
+class Tokens(ctypes.Structure):
+    """`struct Tokens`: the new tokens of a batch, and where its requests lie."""
+
+    _fields_ = [
+        *((name, _INT64) for name in ("count", "requests", "slots_stride")),
+        *((name, _POINTER) for name in ("positions", "places", "numbers", "lengths", "counts", "slots")),
+        *((name, _POINTER) for name in ("keys", "values")),
+    ]
 
 
 @functools.cache

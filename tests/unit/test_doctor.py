@@ -26,6 +26,8 @@ LAPTOP = Machine(
     compute_modes=(),
     num_torch_gpus=0,
     no_native_losses="",
+    openblas="Haswell",
+    no_openblas="",
     has_plugin=True,
     omp_num_threads="1",
     cores=8,
@@ -126,6 +128,12 @@ def test_a_gpu_node_on_which_engines_could_not_live_beside_the_trainer_gets_a_co
     (check,) = complaints(replace(GPU_NODE, **change)).values()
     assert (check.name, check.level) == (name, level)
     assert complaints(replace(GPU_NODE, open_files=-1, alloc_conf="max_split_size_mb:128")) == {}
+
+
+def test_products_without_openblas_are_a_warning_on_a_cpu_only():
+    check = complaints(replace(LAPTOP, openblas="", no_openblas="it is not installed"))["products"]
+    assert check.level == "warn" and "not installed" in check.found and "scipy-openblas32" in check.remedy
+    assert complaints(replace(GPU_NODE, openblas="", no_openblas="it is not installed")) == {}
 
 
 def test_losses_in_plain_torch_are_a_warning_on_a_cpu_only():

@@ -1,5 +1,7 @@
 """The engine's C++ layers against PyTorch in float64, and what they leave to SGLang's own."""
 
+import ctypes
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext import blas
 from searche1.rollout import engine_ops as ops
 from searche1.rollout.cpu_kernels import seeded_multinomial
 
@@ -78,23 +81,136 @@ def test_new_tokens_attend_to_what_is_known_and_to_new_ones_up_to_themselves(siz
     assert torch.equal(alone, output[last])  # the same bits in any company
 
 
-@pytest.mark.parametrize("size", [32, 128])
-def test_queries_are_rotated_and_keys_and_values_go_to_their_places(size):
+@dataclass
+class Weights:
+    """Of a decoder layer; products as [out, in], as checkpoints have them."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    norms: torch.Tensor  # [2, hidden]
+    qkv: torch.Tensor
+    bias: torch.Tensor | None
+    out: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @staticmethod
+    def random(*, heads: int, kv_heads: int, size: int, hidden: int, width: int, has_bias: bool) -> "Weights":
+        packed = (heads + 2 * kv_heads) * size
+        shapes = ((packed, hidden), (hidden, heads * size), (2 * width, hidden), (hidden, width))
+        qkv, out, gate_up, down = (torch.randn(shape) / shape[1] ** 0.5 for shape in shapes)
+        bias = torch.randn(packed) if has_bias else None
+        return Weights(heads, kv_heads, size, 1 + torch.rand(2, hidden), qkv, bias, out, gate_up, down)
+
+    def as_layer(self, table: torch.Tensor, kept: list[torch.Tensor]) -> ops.Layer:
+        layer = ops.Layer(
+            sgemm=blas.sgemm_address(),
+            hidden=self.qkv.shape[1],
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            size=self.size,
+            width=self.down.shape[1],
+            eps=1e-6,
+            scale=self.size**-0.5,
+            angles=table.data_ptr(),
+            before_attention=self.norms[0].data_ptr(),
+            before_mlp=self.norms[1].data_ptr(),
+        )
+        for name in ("qkv", "out", "gate_up", "down"):
+            kept.append(getattr(self, name).t().contiguous())
+            getattr(layer, name).weight = kept[-1].data_ptr()
+        layer.qkv.bias = None if self.bias is None else self.bias.data_ptr()
+        return layer
+
+    def expected(self, x, residual, *, positions, table, own):
+        """Of one request in float64: all its tokens x, of which those before are known; `own` are (keys, values)."""
+        total = x.double() if residual is None else x.double() + residual.double()
+        width = x.shape[-1]
+        normed = F.rms_norm(total, (width,), self.norms[0].double(), 1e-6)
+        packed = F.linear(normed, self.qkv.double(), None if self.bias is None else self.bias.double())
+        split = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
+        q, k, v = (part.unflatten(-1, (-1, self.size)) for part in packed.split(split, dim=-1))
+        cos, sin = (part[:, None].double() for part in table[positions].chunk(2, dim=-1))
+
+        def rotated(heads):
+            first, second = heads.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+        known_k, known_v = (part.double() for part in own)
+        k, v = torch.cat([known_k, rotated(k)]), torch.cat([known_v, v])
+        attended = F.scaled_dot_product_attention(
+            rotated(q).transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=causal_lower_right(len(q), len(k)),
+            enable_gqa=True,
+        )
+        total = total + F.linear(attended[0].transpose(0, 1).flatten(1), self.out.double())
+        normed = F.rms_norm(total, (width,), self.norms[1].double(), 1e-6)
+        gate, up = F.linear(normed, self.gate_up.double()).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down.double()), total, k, v
+
+
+@pytest.mark.skipif(bool(blas.missing()), reason=blas.missing())
+@pytest.mark.parametrize("counts", [None, [1, 5, 40]])
+@pytest.mark.parametrize(("has_bias", "has_residual"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "hidden", "width"), [(4, 2, 32, 96, 160), (3, 1, 64, 128, 48)])
+def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_residual, counts):
     torch.manual_seed(0)
-    heads, kv_heads = 3, 2
-    table = torch.randn(50, size)
-    layer = Layer(head_size=size, rotary_dim=size, is_neox_style=True, cos_sin_cache=table)
-    packed = torch.randn(6, (heads + 2 * kv_heads) * size)
-    positions, places = torch.tensor([0, 1, 2, 49, 7, 7]), torch.tensor([3, 11, 4, 0, 9, 5])
-    keys, values = torch.zeros(2, 12, kv_heads, size)
-    query = torch.empty(6, heads, size)
-    arguments = (positions, table, packed, places, keys, values, query)
-    ops.kernels().ops_rotate_and_keep(6, heads, kv_heads, size, *(x.data_ptr() for x in arguments))
-    q, k, v = packed.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
-    rotated_q, rotated_k = ops.rotate(layer, positions, q, k)
-    assert torch.equal(query.flatten(1), rotated_q)
-    assert torch.equal(keys[places].flatten(1), rotated_k) and torch.equal(values[places].flatten(1), v)
-    assert keys.count_nonzero() == rotated_k.count_nonzero()  # and nowhere else
+    weights = Weights.random(heads=heads, kv_heads=kv_heads, size=size, hidden=hidden, width=width, has_bias=has_bias)
+    lengths, new = [1, 9, 70], counts or [1, 1, 1]
+    table = torch.randn(100, size)
+    slots = torch.randperm(7 * 80).int().view(7, 80)
+    numbers = torch.tensor([5, 0, 2])
+    keys, values = torch.randn(2, 7 * 80, kv_heads, size)
+    before = keys.clone(), values.clone()
+    positions = torch.cat([torch.arange(length - n, length) for length, n in zip(lengths, new, strict=True)])
+    places = torch.cat(
+        [slots[number, length - n : length] for number, length, n in zip(numbers, lengths, new, strict=True)]
+    ).long()
+    x = torch.randn(sum(new), hidden)
+    residual = torch.randn(sum(new), hidden) if has_residual else None
+    kept: list[torch.Tensor] = []
+    layer = weights.as_layer(table, kept)
+    lengths_, counts_ = torch.tensor(lengths), torch.tensor(new)
+    tokens = ops.Tokens(
+        count=len(x),
+        requests=3,
+        slots_stride=80,
+        positions=positions.data_ptr(),
+        places=places.data_ptr(),
+        numbers=numbers.data_ptr(),
+        lengths=lengths_.data_ptr(),
+        counts=counts_.data_ptr() if counts else None,
+        slots=slots.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+    )
+    out, total = torch.full((2, *x.shape), float("nan"))
+    scratch = torch.full((len(x) * layer.scratch(),), float("nan"))
+    given = (x.data_ptr(), None if residual is None else residual.data_ptr())
+    ops.kernels().ops_layer(
+        ctypes.byref(layer), ctypes.byref(tokens), *given, scratch.data_ptr(), total.data_ptr(), out.data_ptr()
+    )
+    at = 0
+    for number, length, n in zip(numbers, lengths, new, strict=True):
+        rows = slice(at, at + n)
+        known = slots[number, : length - n].long()
+        expected, expected_total, k, v = weights.expected(
+            x[rows],
+            None if residual is None else residual[rows],
+            positions=positions[rows],
+            table=table,
+            own=(before[0][known], before[1][known]),
+        )
+        own = slots[number, :length].long()
+        assert unlike(out[rows], expected) < 1e-5 and unlike(total[rows], expected_total) < 1e-5
+        assert unlike(keys[own], k) < 1e-5 and unlike(values[own], v) < 1e-5
+        at += n
+    others = torch.ones(len(keys), dtype=torch.bool)
+    others[places] = False
+    assert torch.equal(keys[others], before[0][others]) and torch.equal(values[others], before[1][others])
 
 
 def test_other_sizes_and_dtypes_are_left_to_pytorch():

@@ -1,11 +1,14 @@
-"""Products of a decoding step with weights as checkpoints have them, beside the same weights transposed in memory.
+"""Products of matrices on a CPU: by what PyTorch takes, and by OpenBLAS as trainer and engine do.
 
     python tools/bench/cpu_products.py
 
-The four products of a layer, all layers in a row, in PyTorch on one thread: of the Qwen2 of `rollout.py decode`, and of
-two layers of Qwen2.5-0.5B's size. Then the time to load those weights into either memory, as the CPU engine does it
+The four products of a layer, all layers in a row, on one thread: of the Qwen2 of `rollout.py decode`, and of two layers
+of Qwen2.5-0.5B's size; with weights as checkpoints have them and with the same transposed in memory, and for the first
+also those of backward. Then the time to load those weights into either memory, as the CPU engine does it
 (`searche1/rollout/cpu_kernels.py`), and as a weight sync writes them (`megatron_ext/cpu_layers.py`). Medians of calls
 in turn; JSON as the last line.
+
+OPENBLAS_CORETYPE, where it is set, decides what OpenBLAS uses of the machine; the first line says what it does.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from megatron_ext import blas
 from megatron_ext.cpu_layers import copy_transposed
 from searche1.rollout.cpu_kernels import transpose_memory
 
@@ -51,9 +54,31 @@ def write_all(weights: list[Any], sent: list[Tensor]) -> None:
         copy_transposed(tensor, weight)
 
 
-def multiply_all(weights: list[Any], inputs: list[Tensor]) -> None:
-    for weight, x in zip(weights, inputs, strict=True):
-        linear(x, weight)
+Products = list[tuple[Tensor, Tensor, Tensor]]  # a, b, and where to put a b
+
+
+def by_pytorch(products: Products) -> None:
+    for a, b, out in products:
+        torch.mm(a, b, out=out)
+
+
+def by_openblas(products: Products) -> None:
+    for a, b, out in products:
+        if not blas.add_product(a, b, out):  # few rows stay with PyTorch's, as in training
+            torch.mm(a, b, out=out)
+
+
+def forward(weights: list[Any], rows: int) -> Products:
+    return [(torch.randn(rows, w.shape[1]), w.detach().t(), torch.empty(rows, w.shape[0])) for w in weights]
+
+
+def backward(weights: list[Any], rows: int) -> Products:
+    """Gradients of inputs and of weights."""
+    found = []
+    for w in weights:
+        given, x = torch.randn(rows, w.shape[0]), torch.randn(rows, w.shape[1])
+        found += [(given, w.detach(), torch.empty_like(x)), (given.t(), x, torch.empty(w.shape))]
+    return found
 
 
 def medians(works: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
@@ -76,12 +101,18 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
                 transpose_memory(weight)
     found: dict[str, Any] = {}
     for rows in ROWS:
-        inputs = [torch.randn(rows, size[0]) for size in sizes]
-        works = {name: partial(multiply_all, weights, inputs) for name, weights in held.items()}
-        taken = medians(works, repeats=repeats)
+        asked = {f"forward, weights {name}": forward(weights, rows) for name, weights in held.items()}
+        asked["backward"] = backward(held["as it comes"], rows)
+        works = {
+            f"{what}, {name}": partial(work, products)
+            for what, products in asked.items()
+            for name, work in (("PyTorch", by_pytorch), ("OpenBLAS", by_openblas))
+        }
+        taken = medians(works, repeats=repeats if rows < 1000 else max(3, repeats // 5))
         flop = 2 * rows * sum(a * b for a, b in sizes)
-        found[f"{rows} rows, GFLOP/s"] = {name: round(flop / s / 1e9) for name, s in taken.items()}
-        found[f"{rows} rows, gain"] = round(taken["as it comes"] / taken["transposed"], 2)
+        found[f"{rows} rows, GFLOP/s"] = {
+            name: round(flop * (2 if "backward" in name else 1) / s / 1e9) for name, s in taken.items()
+        }
     sent = [torch.randn(size[1], size[0]) for size in sizes]
     loads = {name: partial(load_all, weights, sent) for name, weights in held.items()}
     loads["transposed by the trainer"] = partial(write_all, held["transposed"], sent)
@@ -97,7 +128,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parsed = parser.parse_args()
     torch.set_num_threads(1)
-    result = {}
+    if reason := blas.missing():
+        parser.error(f"there is no OpenBLAS to measure: {reason}")
+    print(f"OpenBLAS computes with its kernels for {blas.core()}", flush=True)
+    result: dict[str, Any] = {"OpenBLAS's kernels": blas.core()}
     with torch.inference_mode():
         for name, sizes in LAYERS.items():
             result[name] = measure(sizes, parsed.repeats)

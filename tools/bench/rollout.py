@@ -42,7 +42,6 @@ import torch
 from cpu_engine import cpu_engine, go_on, running, stop, stopped
 from hf_loop import TOY_POLICY, TurnLoop, left_padded
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -52,6 +51,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from megatron_ext.blas import add_product
 from searche1.config import load_config
 from searche1.data import load_questions
 from searche1.models import load_tokenizer
@@ -186,18 +186,18 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def decoding_products(model: PreTrainedModel, *, rows: int) -> Callable[[], None]:
-    """The matrix products of one decoding step, and nothing else: what no engine on PyTorch's products can pass.
+    """The matrix products of one decoding step, and nothing else: what no engine on these products can pass.
 
-    Fused and transposed in memory as in our engine.
+    Fused, transposed in memory and by OpenBLAS as in our engine.
     """
-    weights = [torch.cat([weight.data for weight in group]) for group in product_weights(model)]
-    weights = [weight.t().contiguous().t() for weight in weights]
-    inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
+    weights = [torch.cat([weight.data for weight in group]).t().contiguous() for group in product_weights(model)]
+    inputs = [torch.randn(rows, len(weight)) for weight in weights]
+    outputs = [torch.empty(rows, weight.shape[1]) for weight in weights]
 
     def multiply() -> None:
-        with torch.inference_mode():
-            for x, weight in zip(inputs, weights, strict=True):
-                linear(x, weight)
+        for x, weight, out in zip(inputs, weights, outputs, strict=True):
+            if not add_product(x, weight, out):
+                torch.mm(x, weight, out=out)
 
     return multiply
 
