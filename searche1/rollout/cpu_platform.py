@@ -95,6 +95,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample
         if is_native:
+            sampler.Sampler.forward = engine_ops.sampler(
+                sampler.Sampler.forward, has_original_logprobs=sampler.SGLANG_RETURN_ORIGINAL_LOGPROB
+            )
             engine_ops.register()
             cpu_layers.register()
         else:

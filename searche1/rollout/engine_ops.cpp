@@ -174,9 +174,9 @@ inline uint64_t mix(uint64_t bits) {
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u; // SplitMix64's increment
 
-// The id with the largest logprob + Gumbel noise, of a hash of (row, id). The noise of most ids needs no logarithm: u
-// wins if -log(u) < exp(logprob - best), and -log(u) >= 1 - u.
-int64_t draw(const double* logprobs, int64_t vocab, uint64_t row) {
+// The id with the largest scale * logprob + Gumbel noise, of a hash of (row, id). The noise of most ids needs no
+// logarithm: u wins if -log(u) < exp(scale * logprob - best), and -log(u) >= 1 - u.
+template <class T> int64_t draw(const T* logprobs, double scale, int64_t vocab, uint64_t row) {
     double best = -__builtin_inf();
     int64_t found = 0;
     for (int64_t first = 0; first < vocab; first += LANES) {
@@ -184,18 +184,35 @@ int64_t draw(const double* logprobs, int64_t vocab, uint64_t row) {
         float lead[LANES];
         double u[LANES];
         for (int64_t k = 0; k < LANES; k++) {
-            lead[k] = k < count && best > -__builtin_inf() ? std::min(logprobs[first + k] - best, 0.0) : 0.0;
+            lead[k] = k < count && best > -__builtin_inf() ? std::min(scale * logprobs[first + k] - best, 0.0) : 0.0;
             u[k] = ((double)(mix(row + (first + k + 1) * GOLDEN) >> 11) + 0.5) * 0x1p-53;
         }
         float bound[LANES];
         store(bound, exp_negative(load(lead)) * 1.0001f);
         for (int64_t k = 0; k < count; k++) {
             if (1.0 - u[k] >= bound[k]) continue;
-            const double score = logprobs[first + k] - std::log(-std::log(u[k]));
+            const double score = scale * logprobs[first + k] - std::log(-std::log(u[k]));
             if (score > best) best = score, found = first + k;
         }
     }
     return found;
+}
+
+constexpr int64_t SUMMED = 4096; // exponentials in a row of sums of floats
+
+float log_sum_exp(const float* x, int64_t count) {
+    Floats top = all(-INF);
+    const int64_t whole = count / LANES * LANES;
+    const Floats rest = load_some(x + whole, count - whole);
+    for (int64_t k = 0; k < whole; k += LANES) top = larger(top, load(x + k));
+    const float m = largest(larger(top, rest));
+    double mass = quick_sum(exp_negative(rest - m));
+    for (int64_t first = 0; first < whole; first += SUMMED) {
+        Floats sums = all(0);
+        for (int64_t k = first; k < std::min(first + SUMMED, whole); k += LANES) sums += exp_negative(load(x + k) - m);
+        mass += quick_sum(sums);
+    }
+    return m + (float)std::log(mass);
 }
 
 } // namespace
@@ -221,7 +238,18 @@ void ops_attention(int64_t requests, int64_t heads, int64_t kv_heads, int64_t si
 void ops_seeded_multinomial(int64_t rows, int64_t vocab, const double* logprobs, const int64_t* seeds,
                             const int64_t* positions, int64_t* out) {
     for (int64_t r = 0; r < rows; r++)
-        out[r] = draw(logprobs + r * vocab, vocab, mix(seeds[r] ^ mix(positions[r] + GOLDEN)));
+        out[r] = draw(logprobs + r * vocab, 1.0, vocab, mix(seeds[r] ^ mix(positions[r] + GOLDEN)));
+}
+
+// logits [rows, vocab], temperatures [rows] -> ids [rows], drawn as by ops_seeded_multinomial at their temperatures,
+// and their logprobs at temperature 1.
+void ops_sample(int64_t rows, int64_t vocab, const float* logits, const float* temperatures, const int64_t* seeds,
+                const int64_t* positions, int32_t* ids, float* logprobs) {
+    for (int64_t r = 0; r < rows; r++, logits += vocab) {
+        const double scale = 1.0 / temperatures[r];
+        ids[r] = (int32_t)draw(logits, scale, vocab, mix(seeds[r] ^ mix(positions[r] + GOLDEN)));
+        logprobs[r] = logits[ids[r]] - log_sum_exp(logits, vocab);
+    }
 }
 
 // What follows takes widths that are multiples of sixteen: of a vector, whatever the machine.

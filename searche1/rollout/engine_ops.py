@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ SIGNATURES = {
     "ops_rms_norm": (_INT64, _INT64, _POINTER, _POINTER, _POINTER, _FLOAT, _POINTER, _POINTER),
     "ops_silu_and_mul": (_INT64, _INT64, _POINTER, _POINTER),
     "ops_seeded_multinomial": (_INT64, _INT64, *[_POINTER] * 4),
+    "ops_sample": (_INT64, _INT64, *[_POINTER] * 6),
     "ops_rotate": (*[_INT64] * 3, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
     "ops_layer": [_POINTER] * 7,
 }
@@ -160,6 +162,61 @@ def seeded_multinomial(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Te
         *logprobs.shape, logprobs.data_ptr(), seeds.data_ptr(), positions.data_ptr(), out.data_ptr()
     )
     return out
+
+
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """One draw per row, as `seeded_multinomial` of the logprobs at its temperature, and its logprob at temperature 1.
+
+    logits: float32 [rows, vocabulary], contiguous. temperatures: float32 [rows], in any shape. seeds, positions:
+    integers [rows]. Returns ids, int32 [rows], and logprobs, float32 [rows].
+    """
+    rows, vocab = logits.shape
+    seeds, positions = seeds.long().contiguous(), positions.long().contiguous()
+    temperatures = temperatures.contiguous()
+    assert temperatures.dtype == torch.float32 and temperatures.numel() == len(seeds) == len(positions) == rows
+    ids, logprobs = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+    kernels().ops_sample(
+        rows,
+        vocab,
+        logits.data_ptr(),
+        temperatures.data_ptr(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        ids.data_ptr(),
+        logprobs.data_ptr(),
+    )
+    return ids, logprobs
+
+
+def sampler(forward: Callable[..., Tensor], has_original_logprobs: bool) -> Callable[..., Tensor]:
+    """SGLang's `Sampler.forward`, in one pass where requests have seeds and want no more than a draw and its logprob.
+
+    `has_original_logprobs`: SGLang is to return logprobs at temperature 1 (SGLANG_RETURN_ORIGINAL_LOGPROB).
+    """
+
+    def sample_batch(
+        layer: Any, output: Any, info: Any, return_logprob: bool, top_nums: Any, token_ids: Any, positions: Tensor
+    ) -> Tensor:
+        logits = output.next_token_logits
+        is_plain = (
+            has_original_logprobs
+            and info.sampling_seed is not None
+            and not (info.is_all_greedy or info.need_top_p_sampling or info.need_top_k_sampling)
+            and not (info.need_min_p_sampling or info.grammars or layer.rl_on_policy_target)
+            and info.sampling_mask_batch_indices is None
+            and not (return_logprob and (any(top_nums) or any(map(_is_set, token_ids))))
+            and logits.dtype == torch.float32
+            and logits.is_contiguous()
+        )
+        if not is_plain:
+            return forward(layer, output, info, return_logprob, top_nums, token_ids, positions)
+        logits = layer._preprocess_logits(logits, info)
+        ids, logprobs = sample(logits, info.temperatures, info.sampling_seed, positions)
+        if return_logprob:
+            output.next_token_logprobs = logprobs
+        return ids
+
+    return sample_batch
 
 
 def silu_and_mul(layer: Any, x: Tensor) -> Tensor:

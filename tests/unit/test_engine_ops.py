@@ -268,3 +268,53 @@ def test_draws_are_those_of_plain_pytorch(vocab):
     assert torch.equal(
         ops.seeded_multinomial(logprobs, seeds, positions), seeded_multinomial(logprobs, seeds, positions)
     )
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 426, 20_000])
+def test_a_sample_is_the_draw_at_its_temperature_and_has_the_logprob_at_temperature_1(vocab):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(300, vocab)
+    logits[::3, : vocab // 2] = -torch.inf
+    temperatures = torch.rand(300, 1) + 0.3
+    seeds, positions = torch.randint(0, 2**31, (300,)), torch.randint(0, 999, (300,))
+    ids, logprobs = ops.sample(logits, temperatures, seeds, positions)
+    expected = seeded_multinomial((logits.double() / temperatures).log_softmax(-1), seeds, positions)
+    assert torch.equal(ids[:, None].long(), expected)
+    assert torch.allclose(logprobs, logits.double().log_softmax(-1).gather(1, expected)[:, 0].float(), atol=1e-5)
+    alone = ops.sample(logits[5:6], temperatures[5:6], seeds[5:6], positions[5:6])
+    assert torch.equal(alone[0], ids[5:6]) and torch.equal(alone[1], logprobs[5:6])  # the same bits in any company
+
+
+PLAIN = {
+    "sampling_seed": torch.tensor([1, 2]),
+    "temperatures": torch.ones(2, 1),
+    "is_all_greedy": False,
+    "need_top_p_sampling": False,
+    "need_top_k_sampling": False,
+    "need_min_p_sampling": False,
+    "grammars": None,
+    "sampling_mask_batch_indices": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ({"sampling_seed": None}, {}),
+        ({"is_all_greedy": True}, {}),
+        ({"need_top_k_sampling": True}, {}),
+        ({"grammars": ["one"]}, {}),
+        ({}, {"top_nums": [0, 3]}),
+        ({}, {"token_ids": [None, [4]]}),
+    ],
+)
+def test_what_wants_more_than_a_draw_is_sampled_by_sglang(change, options):
+    layer = Layer(rl_on_policy_target=None, _preprocess_logits=lambda logits, info: logits)
+    output = SimpleNamespace(next_token_logits=torch.randn(2, 50))
+    wanted = {"top_nums": [0, 0], "token_ids": [None, None], **options}
+    sample = ops.sampler(lambda *arguments: "SGLang", has_original_logprobs=True)
+    positions = torch.tensor([3, 4])
+    assert sample(layer, output, SimpleNamespace(**(PLAIN | change)), True, **wanted, positions=positions) == "SGLang"
+    ids = sample(layer, output, SimpleNamespace(**PLAIN), True, [0, 0], [None, None], positions)
+    expected = output.next_token_logits.log_softmax(-1)[torch.arange(2), ids.long()]
+    assert torch.allclose(output.next_token_logprobs, expected)
