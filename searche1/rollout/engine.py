@@ -95,7 +95,7 @@ class Engine:
         self._http = requests.Session()
         self._http.headers.update({**self._headers, "Connection": "close"})  # for the same reason as KEEP_ALIVE_S
         self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
-        self._has_sessions = False
+        self._is_announced = self._has_sessions = False  # of a weight update
         if launch:
             atexit.register(self.stop)
 
@@ -203,9 +203,8 @@ class Engine:
         return [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers]
 
     def begin_update(self) -> None:
-        """Announces new weights. No request may be under way."""
-        # Servers before 0.5.21 load at once and have no sessions.
-        self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
+        """New weights follow, in buckets or in memory that it has adopted. No request may be under way."""
+        self._is_announced = self._has_sessions = False
 
     def load_bucket(self, payloads: Sequence[str], *, load_format: str | None = None) -> None:
         """Replaces some weights by HuggingFace-named tensors; as format, `COMPARE` compares and `ADOPT` takes over.
@@ -213,6 +212,9 @@ class Engine:
         `payloads` holds a `shared(tensors)` for each of the engine's ranks, from the GPU it runs on. Its memory must
         stay untouched until this returns; adopted memory may be written while no request is under way.
         """
+        if not self._is_announced:  # servers before 0.5.21 load at once and have no sessions
+            self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
+            self._is_announced = True
         request = {"serialized_named_tensors": list(payloads), "flush_cache": False, "load_format": load_format}
         answer = self._post("/update_weights_from_tensor", request).json()
         if not answer["success"]:

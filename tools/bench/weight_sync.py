@@ -2,14 +2,15 @@
 
     python tools/bench/weight_sync.py [--model NAME]
 
-Three syncs of all weights, the last of which compares bit by bit, and on a CPU three more into memory that the engine
-computes with; GB/s of the second of each beside a plain copy of the same buckets. On a GPU also the memory that engine
-and trainer give back when they are put to sleep, and how long that takes.
+Syncs of all weights, the last of which compares bit by bit, and on a CPU as many into memory that the engine computes
+with; GB/s of the median but for the first and last, beside plain copies of the same buckets. On a GPU also the memory
+that engine and trainer give back when they are put to sleep, and how long that takes.
 """
 
 from __future__ import annotations
 
 import sys
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from searche1.rollout.places import engine_places
 from searche1.sync import Link, sync_weights
 
 BUCKET_BYTES = EngineConfig().sync_bucket_mb << 20
+REPEATS = 5
 
 
 def one_sync(
@@ -73,7 +75,8 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
         policy = bench.policy(optimizer=is_gpu)  # whose memory is put to sleep
         rows = []
         for memory in (None,) if is_gpu else (None, SharedWeights(policy.shape, policy.dtype)):
-            rows += [one_sync(bench, colocation, policy, link, memory, is_exact) for is_exact in (False, False, True)]
+            exact = [False] * (1 + REPEATS) + [True]
+            rows += [one_sync(bench, colocation, policy, link, memory, is_exact) for is_exact in exact]
         parts: list[Bucket] = list(policy.hf_buckets(bucket_bytes=BUCKET_BYTES))  # on a CPU in the same two buffers
         num_bytes = sum(len(part.buffer) for part in parts)
         room = torch.empty(max(len(part.buffer) for part in parts), dtype=torch.uint8, device=bench.layout.device)
@@ -83,8 +86,9 @@ def bench_sync(bench: Bench) -> dict[str, Any]:
                 room[: len(part.buffer)].copy_(part.buffer)
 
         copy()
-        copy_s, _ = timed(bench.device, copy)
-        seconds = {row["weights"]: row["seconds"] for row in rows if not row["is_exact"]}  # of the second each
+        copy_s = median(timed(bench.device, copy)[0] for _ in range(REPEATS))
+        ways = dict.fromkeys(row["weights"] for row in rows)
+        seconds = {way: median([row["seconds"] for row in rows if row["weights"] == way][1:-1]) for way in ways}
         shared = [] if is_gpu else shared_memory_seconds(room)
         return {
             "weight_bytes": num_bytes,
