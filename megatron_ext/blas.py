@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 FEWEST_ROWS = 8  # below, a product reads its weight once and MKL does that well
+MOST_THREADS = 64  # of the package's build
 
 _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112  # cblas.h
 
@@ -26,11 +27,43 @@ Product = Callable[..., Tensor]
 
 
 @functools.cache
-def missing() -> str:
-    """Why there is no OpenBLAS here; empty if there is."""
+def _load() -> ctypes.CDLL | str:
+    """OpenBLAS with as many threads as PyTorch has, or why there is none."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", "AVX2"):
         return "it is used on x86-64 with AVX2"
-    return "" if _path() else "the package scipy-openblas32 is not installed"
+    # Importing its package would show the library's names to every library that is loaded later.
+    package = importlib.util.find_spec("scipy_openblas32")
+    folders = package.submodule_search_locations or [] if package else []
+    paths = [path for folder in folders for path in Path(folder, "lib").glob("libscipy_openblas*.so")]
+    if not paths:
+        return "the package scipy-openblas32 is not installed"
+    number, pointer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_float
+    try:
+        openblas = ctypes.CDLL(str(paths[0]))
+        openblas.scipy_cblas_sgemm.argtypes = (
+            *(number,) * 6,  # order, a and b transposed, rows, columns, inner
+            *(real, pointer, number, pointer, number),  # alpha, a, b
+            *(real, pointer, number),  # beta, c
+        )
+        openblas.scipy_cblas_sgemm.restype = None
+        openblas.scipy_openblas_get_corename.restype = ctypes.c_char_p
+        openblas.scipy_openblas_set_num_threads(torch.get_num_threads())
+    except (OSError, AttributeError) as error:
+        return f"{paths[0].name} does not load: {error}"
+    return openblas
+
+
+def missing() -> str:
+    """Why there is no OpenBLAS here; empty if there is."""
+    found = _load()
+    return found if isinstance(found, str) else ""
+
+
+def library() -> ctypes.CDLL:
+    """OpenBLAS. Only where nothing is `missing`."""
+    found = _load()
+    assert not isinstance(found, str), found
+    return found
 
 
 @functools.cache
@@ -38,39 +71,14 @@ def why_not() -> str:
     """What keeps PyTorch's products with PyTorch's choice; empty if nothing does."""
     if reason := missing():
         return reason
-    if _is_intel():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text():
         return "MKL knows Intel's CPUs"
+    if torch.get_num_threads() > MOST_THREADS:
+        return f"its package is built for {MOST_THREADS} threads"
     if not hasattr(torch.library, "get_kernel"):
         return f"torch {torch.__version__} lets nobody behind torch.mm; 2.9 does"
     return ""
-
-
-def _is_intel() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
-
-
-def _path() -> Path | None:
-    """Of OpenBLAS's library. Importing its package would show its names to every library that is loaded later."""
-    package = importlib.util.find_spec("scipy_openblas32")
-    folders = package.submodule_search_locations or [] if package else []
-    return next((path for folder in folders for path in Path(folder, "lib").glob("libscipy_openblas*.so")), None)
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """OpenBLAS, with as many threads as PyTorch has. Only where nothing is `missing`."""
-    openblas = ctypes.CDLL(str(_path()))
-    number, pointer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_float
-    openblas.scipy_cblas_sgemm.argtypes = (
-        *(number,) * 6,  # order, a and b transposed, rows, columns, inner
-        *(real, pointer, number, pointer, number),  # alpha, a, b
-        *(real, pointer, number),  # beta, c
-    )
-    openblas.scipy_cblas_sgemm.restype = None
-    openblas.scipy_openblas_get_corename.restype = ctypes.c_char_p
-    openblas.scipy_openblas_set_num_threads(torch.get_num_threads())
-    return openblas
 
 
 def core() -> str:
@@ -87,7 +95,7 @@ def sgemm_address() -> int:
 
 def use_threads(count: int) -> None:
     """As torch.set_num_threads, for OpenBLAS if this process has it."""
-    if library.cache_info().currsize:
+    if _load.cache_info().currsize and not missing():
         library().scipy_openblas_set_num_threads(count)
 
 
@@ -122,21 +130,41 @@ def _order(x: Tensor) -> tuple[int, int] | None:
     return (_TRANSPOSED, columns) if rows == 1 and columns >= x.shape[0] else None
 
 
+def _orders(a: Tensor, b: Tensor) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Those of two matrices that OpenBLAS can and should multiply."""
+    if not (a.dtype is b.dtype is torch.float32 and a.ndim == b.ndim == 2):
+        return None
+    (rows, inner), (other, columns) = a.shape, b.shape
+    if inner != other or inner == 0 or min(rows, columns) < FEWEST_ROWS:
+        return None
+    order_a, order_b = _order(a), _order(b)
+    return None if order_a is None or order_b is None else (order_a, order_b)
+
+
+def _takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    if out.dtype is not torch.float32 or out.shape != (a.shape[0], b.shape[1]):
+        return False
+    order = _order(out)
+    return order is not None and order[0] == _AS_IS
+
+
+def _multiply(orders: Any, a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """out = beta * out + alpha * a b"""
+    (a_as, a_stride), (b_as, b_stride) = orders
+    library().scipy_cblas_sgemm(
+        *(_ROW_MAJOR, a_as, b_as, a.shape[0], b.shape[1], a.shape[1]),
+        *(alpha, a.data_ptr(), a_stride, b.data_ptr(), b_stride),
+        *(beta, out.data_ptr(), out.stride(0)),
+    )
+    return out
+
+
 def add_product(a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> bool:
     """out = beta * out + alpha * a b, where OpenBLAS can and should; whether it did."""
-    if not (a.dtype is b.dtype is out.dtype is torch.float32 and a.ndim == b.ndim == out.ndim == 2):
+    orders = _orders(a, b)
+    if orders is None or not _takes(out, a, b):
         return False
-    (rows, inner), (other, columns) = a.shape, b.shape
-    if inner != other or inner == 0 or min(rows, columns) < FEWEST_ROWS or out.shape != (rows, columns):
-        return False
-    order_a, order_b, order_out = _order(a), _order(b), _order(out)
-    if order_a is None or order_b is None or order_out is None or order_out[0] != _AS_IS:
-        return False
-    library().scipy_cblas_sgemm(
-        *(_ROW_MAJOR, order_a[0], order_b[0], rows, columns, inner),
-        *(alpha, a.data_ptr(), order_a[1], b.data_ptr(), order_b[1]),
-        *(beta, out.data_ptr(), order_out[1]),
-    )
+    _multiply(orders, a, b, out, beta=beta, alpha=alpha)
     return True
 
 
@@ -145,8 +173,10 @@ def add_product(a: Tensor, b: Tensor, out: Tensor, *, beta: float = 0.0, alpha: 
 
 def _mm(by_mkl: Product) -> Product:
     def mm(keys: Any, a: Tensor, b: Tensor) -> Tensor:
-        out = a.new_empty(a.shape[0], b.shape[-1])
-        return out if add_product(a, b, out) else by_mkl(keys, a, b)
+        orders = _orders(a, b)
+        if orders is None:
+            return by_mkl(keys, a, b)
+        return _multiply(orders, a, b, a.new_empty(a.shape[0], b.shape[1]))
 
     return mm
 
@@ -160,11 +190,11 @@ def _mm_out(by_mkl: Product) -> Product:
 
 def _addmm(by_mkl: Product) -> Product:
     def addmm(keys: Any, start: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-        if start.dtype is torch.float32 and a.ndim == b.ndim == 2 and a.shape[0] >= FEWEST_ROWS:
-            out = start.expand(a.shape[0], b.shape[1]).clone(memory_format=torch.contiguous_format)
-            if add_product(a, b, out, beta=beta, alpha=alpha):
-                return out
-        return by_mkl(keys, start, a, b, beta=beta, alpha=alpha)
+        orders = _orders(a, b)
+        if orders is None or start.dtype is not torch.float32:
+            return by_mkl(keys, start, a, b, beta=beta, alpha=alpha)
+        out = start.expand(a.shape[0], b.shape[1]).clone(memory_format=torch.contiguous_format)
+        return _multiply(orders, a, b, out, beta=beta, alpha=alpha)
 
     return addmm
 

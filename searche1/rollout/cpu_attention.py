@@ -44,15 +44,16 @@ class BatchedNativeAttention(TorchNativeAttnBackend):
 
     def tokens(self, positions: Tensor, places: Tensor) -> Tokens:
         """This batch's new tokens, for layers in C++. positions, places: int64 [tokens], as SGLang's models get."""
-        if self.new_tokens is None:
+        given = positions.data_ptr(), places.data_ptr()
+        if self.new_tokens is None or (self.new_tokens.positions, self.new_tokens.places) != given:
             slots = self.req_to_token_pool.req_to_token
             assert slots.dtype == torch.int32 and slots.stride(1) == 1
             self.new_tokens = Tokens(
                 count=positions.shape[0],
                 requests=self.numbers.shape[0],
                 slots_stride=slots.stride(0),
-                positions=positions.data_ptr(),
-                places=places.data_ptr(),
+                positions=given[0],
+                places=given[1],
                 numbers=self.numbers.data_ptr(),
                 lengths=self.lengths.data_ptr(),
                 counts=None if self.counts is None else self.counts.data_ptr(),

@@ -90,7 +90,7 @@ class DirectLayer:
         for name, row in self.rows.items():
             setattr(self.layer, name, row.data_ptr())
         for linear, weight, bias in self.linears:
-            assert weight.stride(0) == 1, "a weight came in rows: transpose_memory was undone"
+            assert weight.stride() == (1, len(weight)), "a weight came in rows: transpose_memory was undone"
             linear.weight = weight.data_ptr()
             linear.bias = None if bias is None else bias.data_ptr()
 
@@ -105,6 +105,8 @@ def why_not(layer: Any) -> str:
     if reason := blas.missing():
         return f"no OpenBLAS: {reason}"
     attention = layer.self_attn
+    if type(attention).__name__ not in ("LlamaAttention", "Qwen2Attention"):
+        return "another kind of attention"
     rotary, core = attention.rotary_emb, attention.attn
     products = _products(layer)
     kinds = (QKVParallelLinear, RowParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
@@ -127,8 +129,9 @@ def why_not(layer: Any) -> str:
         return "another kind of rotary positions"
     if core.is_cross_attention or (core.sliding_window_size or -1) > -1:
         return "sliding windows or cross attention"
-    if attention.head_dim not in HEAD_SIZES or layer.mlp.gate_up_proj.output_size % (2 * WIDTH):
-        return f"heads of {attention.head_dim}, or an odd width of the feed-forward layer"
+    widths = products[1].output_size, layer.mlp.gate_up_proj.output_size // 2
+    if attention.head_dim not in HEAD_SIZES or any(width % WIDTH for width in widths):
+        return f"heads of {attention.head_dim}, or widths of {widths} that are no multiples of {WIDTH}"
     return ""
 
 
@@ -158,8 +161,10 @@ def direct(forward: Forward) -> Forward:
             and type(backend) is BatchedNativeAttention
             and hidden_states.shape[0] > 0
             and positions.dtype == places.dtype == torch.int64
+            and positions.shape == places.shape == hidden_states.shape[:1]
             and hidden_states.dtype == backend.token_to_kv_pool.dtype == torch.float32
-            and all(x.is_contiguous() for x in (positions, places, hidden_states))
+            and (residual is None or residual.dtype == torch.float32)
+            and all(x is None or x.is_contiguous() for x in (positions, places, hidden_states, residual))
         )
         if found is None or not fits:
             return forward(layer, positions, hidden_states, forward_batch, residual)

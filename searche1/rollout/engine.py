@@ -204,6 +204,8 @@ class Engine:
 
     def begin_update(self) -> None:
         """New weights follow, in buckets or in memory that it has adopted. No request may be under way."""
+        if self._has_sessions:  # an update that failed on the way left it open
+            self._post("/end_weight_update", {}, accept=(200, 400))
         self._is_announced = self._has_sessions = False
 
     def load_bucket(self, payloads: Sequence[str], *, load_format: str | None = None) -> None:
@@ -224,6 +226,7 @@ class Engine:
         """Later completions carry `version`."""
         if self._has_sessions:
             self._post("/end_weight_update", {})
+        self._is_announced = self._has_sessions = False
         self.flush_cache()  # keys and values of the old weights
         self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
@@ -273,6 +276,7 @@ class Engine:
         self._end_process()
         self._process = self._launch()
         self.starts += 1
+        self._is_announced = self._has_sessions = False
 
     def stop(self) -> None:
         """Ends the server and its children. May be called again."""

@@ -1,5 +1,6 @@
 // What SGLang's float32 layers do between matrix products on a CPU, without a tensor for every step; built and called
-// as megatron_ext/vocab_parallel/rows.cpp is. Every row and request is computed alone: the same bits in any batch.
+// as megatron_ext/vocab_parallel/rows.cpp is. Every row and request is computed alone, with the same bits in any batch;
+// but for a layer's products, for which OpenBLAS chooses by their number of rows.
 
 #include "../../megatron_ext/products.h"
 
@@ -200,7 +201,8 @@ template <class T> int64_t draw(const T* logprobs, double scale, int64_t vocab, 
 
 constexpr int64_t SUMMED = 4096; // exponentials in a row of sums of floats
 
-float log_sum_exp(const float* x, int64_t count) {
+// log softmax(x)[id]
+float logprob(const float* x, int64_t count, int64_t id) {
     Floats top = all(-INF);
     const int64_t whole = count / LANES * LANES;
     const Floats rest = load_some(x + whole, count - whole);
@@ -212,7 +214,7 @@ float log_sum_exp(const float* x, int64_t count) {
         for (int64_t k = first; k < std::min(first + SUMMED, whole); k += LANES) sums += exp_negative(load(x + k) - m);
         mass += quick_sum(sums);
     }
-    return m + (float)std::log(mass);
+    return (float)((double)x[id] - m - std::log(mass)); // m + log(mass) would lose digits of the logarithm
 }
 
 } // namespace
@@ -248,7 +250,7 @@ void ops_sample(int64_t rows, int64_t vocab, const float* logits, const float* t
     for (int64_t r = 0; r < rows; r++, logits += vocab) {
         const double scale = 1.0 / temperatures[r];
         ids[r] = (int32_t)draw(logits, scale, vocab, mix(seeds[r] ^ mix(positions[r] + GOLDEN)));
-        logprobs[r] = logits[ids[r]] - log_sum_exp(logits, vocab);
+        logprobs[r] = logprob(logits, vocab, ids[r]);
     }
 }
 

@@ -205,7 +205,8 @@ def sampler(forward: Callable[..., Tensor], has_original_logprobs: bool) -> Call
             and not (info.need_min_p_sampling or info.grammars or layer.rl_on_policy_target)
             and info.sampling_mask_batch_indices is None
             and not (return_logprob and (any(top_nums) or any(map(_is_set, token_ids))))
-            and logits.dtype == torch.float32
+            and logits.dtype == info.temperatures.dtype == torch.float32
+            and len(logits) == info.temperatures.numel() == len(info.sampling_seed) == len(positions)
             and logits.is_contiguous()
         )
         if not is_plain:

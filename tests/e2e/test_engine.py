@@ -348,6 +348,17 @@ class TrainerOfNothing:
     def to_device(self) -> None: ...
 
 
+def test_an_update_that_failed_on_the_way_leaves_no_session_open(engine, reference):
+    client = RecordingEngine(url=engine.url, log_path=engine.log_path, key=engine.key)
+    name, weight = next((name, p.detach()) for name, p in reference.named_parameters())
+    for _ in range(2):  # the first gets no end
+        client.begin_update()
+        client.load_bucket([shared(next(fill_buckets([(name, weight)], bucket_bytes=1)).tensors())])
+    client.end_update(version="default")
+    updates = [route for route in client.asked if route.endswith("_weight_update")]
+    assert updates == ["/begin_weight_update", "/end_weight_update"] * 2
+
+
 def test_a_step_asks_the_server_in_the_one_order_that_fits(engine, reference):
     client = RecordingEngine(url=engine.url, log_path=engine.log_path, key=engine.key)
     colocation = Colocation(is_on=True, engines={0: client}, free_bytes=None, together=lambda work: work())
