@@ -1,7 +1,7 @@
 """float32 products of matrices on a CPU by OpenBLAS, where that is faster than what PyTorch takes by itself.
 
-PyTorch multiplies with MKL, which takes AVX-512 on Intel's CPUs only: on AMD's that have it OpenBLAS is more than twice
-as fast (`tools/bench/cpu_products.py`). `multiply_by_openblas` puts it behind `torch.mm` and `torch.addmm`, and so
+PyTorch multiplies with MKL; on an AMD CPU with AVX-512 OpenBLAS is twice as fast (`tools/bench/cpu_products.py`).
+`multiply_by_openblas` puts it behind `torch.mm` and `torch.addmm`, and so
 behind every linear layer of Megatron and of SGLang, forward and backward.
 """
 
@@ -73,7 +73,7 @@ def why_not() -> str:
         return reason
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text():
-        return "MKL knows Intel's CPUs"
+        return "on an Intel CPU nobody has compared it with MKL"
     if torch.get_num_threads() > MOST_THREADS:
         return f"its package is built for {MOST_THREADS} threads"
     if not hasattr(torch.library, "get_kernel"):
@@ -108,7 +108,6 @@ def multiply_by_openblas() -> bool:
     """
     if why_not():
         return False
-    library()
     ours = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Warning only once for all operators", category=UserWarning)

@@ -277,9 +277,7 @@ def _losses(machine: Machine) -> Check:
 def _products(machine: Machine) -> Check:
     if not machine.no_openblas:
         return Check("products", "ok", f"OpenBLAS, with kernels for {machine.openblas}")
-    remedy = (
-        "a CPU with AVX2, and scipy-openblas32 of requirements/cpu.txt: without them layers take up to twice as long"
-    )
+    remedy = "a CPU with AVX2, and scipy-openblas32 of requirements/cpu.txt: without them layers take longer"
     return Check("products", "warn", f"no OpenBLAS: {machine.no_openblas}", remedy)
 
 

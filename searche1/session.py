@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from megatron_ext import blas
 from megatron_ext.host import use_threads
 from megatron_ext.lifetime import forks_die_with_us
 from megatron_ext.lora import LoraSettings
@@ -219,8 +220,12 @@ class Session:
             torch.cuda.empty_cache()
             if hasattr(torch.accelerator, "empty_host_cache"):  # page-locked memory of its offloading
                 torch.accelerator.empty_host_cache()
-        elif reason := native.why_absent():
-            self.tell(f"  losses run in plain torch, several times slower: {reason} (searche1 doctor has the remedy)")
+        else:
+            remedy = "(searche1 doctor has the remedy)"
+            if reason := native.why_absent():
+                self.tell(f"  losses run in plain torch, several times slower: {reason} {remedy}")
+            if reason := blas.missing():
+                self.tell(f"  products of matrices are PyTorch's, which may be slower: {reason} {remedy}")
         return Policy(
             model_path=model_path, layout=self.layout, train=self.config.train, optimizer=optimizer, lora=lora
         )

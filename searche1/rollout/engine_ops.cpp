@@ -163,6 +163,7 @@ struct Linear {
 void apply(Sgemm sgemm, Linear linear, int64_t rows, int64_t in, int64_t out, const float* x, float* y) {
     if (linear.bias)
         for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * out, linear.bias, out * sizeof(float));
+    // Row-major (101), neither transposed (111).
     sgemm(101, 111, 111, rows, out, in, 1.0f, x, in, linear.weight, out, linear.bias ? 1.0f : 0.0f, y, out);
 }
 

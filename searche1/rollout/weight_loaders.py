@@ -7,6 +7,7 @@ parameter replaced: by a comparison, or by a note of where the parameter's parts
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,53 +20,36 @@ Named = list[tuple[str, Tensor]]
 
 
 class _InsteadOfCopies(TorchDispatchMode):
-    """Gives `meet` what would be copied, and where, and copies nothing."""
+    """Tells `meet` where something would be copied, and what, and copies nothing."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._meet = meet
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.copy_.default:
             return func(*args, **(kwargs or {}))
-        self.meet(*args[:2])
+        self._meet(*args[:2])
         return args[0]
-
-    def meet(self, held: Tensor, sent: Tensor) -> None:
-        raise NotImplementedError
-
-
-class _Compares(_InsteadOfCopies):
-    """Asks whether a copy would change its destination."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_compared = 0
-        self.num_different = 0
-
-    def meet(self, held: Tensor, sent: Tensor) -> None:
-        self.num_compared += held.numel()
-        # Copying converts types, as loading does. NaN is no bit pattern that a trained weight should have.
-        self.num_different += int((held != sent.to(held.device, held.dtype)).sum())
 
 
 @torch.no_grad()
 def compare(model: torch.nn.Module, named_tensors: Named) -> None:
     """Raises RuntimeError, which ends the engine with the message in its log, if any weight is another."""
+    numbers = different = 0
+
+    def meet(held: Tensor, sent: Tensor) -> None:
+        nonlocal numbers, different
+        numbers += held.numel()
+        # Copying converts types, as loading does. NaN is no bit pattern that a trained weight should have.
+        different += int((held != sent.to(held.device, held.dtype)).sum())
+
     for name, tensor in named_tensors:
-        with _Compares() as found:
+        numbers = different = 0
+        with _InsteadOfCopies(meet):
             model.load_weights([(name, tensor)])  # type: ignore[operator]
-        if found.num_different:
-            raise RuntimeError(
-                f"{name} differs from the trainer's in {found.num_different} of {found.num_compared} numbers"
-            )
-
-
-class _Notes(_InsteadOfCopies):
-    """Remembers what would be copied where."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies: list[tuple[Tensor, Tensor]] = []
-
-    def meet(self, held: Tensor, sent: Tensor) -> None:
-        self.copies.append((held, sent))
+        if different:
+            raise RuntimeError(f"{name} differs from the trainer's in {different} of {numbers} numbers")
 
 
 @torch.no_grad()
@@ -75,11 +59,9 @@ def adopt(model: torch.nn.Module, named_tensors: Named) -> None:
     For tensors that lie as the model holds them (`megatron_ext/shared_weights.py`). Raises RuntimeError, which ends the
     engine with the message in its log, if some do not.
     """
-    with _Notes() as notes:
-        model.load_weights(named_tensors)  # type: ignore[operator]
     parts = defaultdict(list)
-    for held, sent in notes.copies:
-        parts[held.untyped_storage().data_ptr()].append((held, sent))
+    with _InsteadOfCopies(lambda held, sent: parts[held.untyped_storage().data_ptr()].append((held, sent))):
+        model.load_weights(named_tensors)  # type: ignore[operator]
     wholes = []
     for name, parameter in model.named_parameters():
         if found := parts.pop(parameter.untyped_storage().data_ptr(), None):

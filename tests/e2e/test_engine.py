@@ -1,4 +1,4 @@
-"""The real SGLang server against transformers, on a random Qwen2 of a few thousand parameters."""
+"""One real SGLang server against transformers, on a random Qwen2 of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_models import FAMILIES
-from tiny_models import make_model as make_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+from small_engine import (
+    TOLERANCE,
+    complete,
+    load,
+    make_model,
+    prompts_of_many_lengths,
+    start_options,
+    true_logprobs,
+    worst_gap,
 )
 
 from megatron_ext.buckets import fill_buckets
@@ -36,7 +33,6 @@ from searche1.colocation import Colocation, Phase
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage
 from searche1.rollout.engine import (
-    ADOPT,
     CACHE,
     COMPARE,
     WEIGHTS,
@@ -52,70 +48,6 @@ from searche1.types import Completion, Group, Question, UserError
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-4
-END = "<|im_end|>"
-
-
-def make_model(*, vocab_size: int, seed: int) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=128,  # heads of 32, which the C++ kernels know
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=vocab_size - 1,
-    )
-    model = Qwen2ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.08)
-    return model
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model and byte-level tokenizer; the last id ends a sequence."""
-    folder = tmp_path_factory.mktemp("engine") / "model"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
-    tokenizer.save_pretrained(folder)
-    make_model(vocab_size=len(tokenizer), seed=0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def reference(folder: Path) -> Qwen2ForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def start_options(folder: Path, log_path: Path) -> dict:
-    return {
-        "model_path": folder,
-        "device": "cpu",
-        "dtype": "float32",
-        "tensor": 1,
-        "port": 0,
-        "seed": 0,
-        "mem_fraction": 0.2,
-        "max_total_tokens": 20000,
-        "max_running": 64,
-        "context_length": 1024,
-        "attention_backend": "",
-        "log_path": log_path,
-    }
-
 
 @pytest.fixture(scope="session")
 def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
@@ -129,55 +61,6 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     with engine:
         engine.wait_until_ready(timeout_s=300)
         yield engine
-
-
-def load(
-    engine: Engine,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    version: str,
-    is_exact: bool = True,
-    memory: SharedWeights | None = None,
-) -> None:
-    """New weights in small buckets, which the engine compares with what it then holds, or in memory it takes over."""
-    engine.begin_update()
-    for bucket in fill_buckets(memory.take(tensors) if memory else tensors, bucket_bytes=40_000):
-        engine.load_bucket([shared(bucket.tensors())])
-        if is_exact:
-            engine.load_bucket([shared(bucket.tensors())], load_format=COMPARE)
-    if memory:
-        engine.load_bucket([shared(memory.tensors())], load_format=ADOPT)
-    engine.end_update(version=version)
-
-
-def complete(engine: Engine, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
-    """All prompts at once, sampled with seeds 0, 1, ..."""
-    settings = {"max_new_tokens": 24, "temperature": 1.0, "top_p": 1.0, "stop": (), **options}
-
-    async def run() -> list[Completion]:
-        async with aiohttp.ClientSession() as session:
-            requests = (engine.generate(session, ids, **{"seed": i, **settings}) for i, ids in enumerate(prompts))
-            return await asyncio.gather(*requests)
-
-    return asyncio.run(run())
-
-
-def true_logprobs(model: Qwen2ForCausalLM, ids: Sequence[int]) -> torch.Tensor:
-    """Of every id but the first, given those before it."""
-    with torch.no_grad():
-        logits = model(torch.tensor([list(ids)])).logits[0, :-1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
-def worst_gap(model: Qwen2ForCausalLM, prompt: Sequence[int], completion: Completion) -> float:
-    expected = true_logprobs(model, [*prompt, *completion.token_ids])[len(prompt) - 1 :]
-    return (expected - torch.tensor(completion.logprobs)).abs().max().item()
-
-
-def prompts_of_many_lengths() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    shared = torch.randint(0, 256, (150,), generator=generator).tolist()
-    return [shared[: 5 * i] + torch.randint(0, 256, (i + 1,), generator=generator).tolist() for i in range(30)]
 
 
 def test_many_requests_at_once_get_the_logprobs_of_transformers(engine, reference):
@@ -492,64 +375,3 @@ def test_an_exact_comparison_names_the_tensor_that_is_another(engine, reference)
     bucket = next(fill_buckets([("model.layers.1.mlp.up_proj.weight", changed)], bucket_bytes=1))
     with pytest.raises(EngineError, match=r"layers.1.mlp.up_proj.weight differs from the trainer's in 1 of 12288"):
         engine.load_bucket([shared(bucket.tensors())], load_format=COMPARE)
-
-
-def test_a_tensor_parallel_engine_is_exact_before_and_after_new_weights(folder, reference, tmp_path):
-    tensor = 2
-    new = make_model(vocab_size=reference.config.vocab_size, seed=3)
-    prompt = prompts_of_many_lengths()[6]
-    options = {**start_options(folder, tmp_path / "engine.log"), "tensor": tensor}
-    with start_engine(**options) as engine:
-        engine.wait_until_ready(timeout_s=300)
-        assert worst_gap(reference, prompt, complete(engine, [prompt])[0]) < TOLERANCE
-        engine.begin_update()
-        for bucket in fill_buckets(((n, p.detach()) for n, p in new.named_parameters()), bucket_bytes=40_000):
-            payloads = [[shared(bucket.tensors()) for _ in range(tensor)] for _ in range(2)]
-            engine.load_bucket(payloads[0])
-            engine.load_bucket(payloads[1], load_format=COMPARE)
-        engine.end_update(version="1")
-        assert worst_gap(new, prompt, complete(engine, [prompt])[0]) < TOLERANCE
-
-
-def test_a_llama_has_the_logprobs_of_transformers(folder, tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rope_parameters=FAMILIES["llama"]["rope_parameters"],
-    )
-    model = LlamaForCausalLM(config).float().eval()
-    model.save_pretrained(tmp_path / "model")
-    for file in folder.glob("*token*"):
-        shutil.copy(file, tmp_path / "model")
-    prompts = prompts_of_many_lengths()
-    log = tmp_path / "engine.log"
-    with start_engine(**{**start_options(tmp_path / "model", log), "context_length": 500}) as engine:
-        engine.wait_until_ready(timeout_s=300)
-        completions = complete(engine, prompts)
-    assert "SGLang's own modules" not in log.read_text()
-    assert max(worst_gap(model, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
-
-
-def test_a_mixture_of_experts_is_served_and_reloaded_exactly(folder, tmp_path):
-    """Its weights are sent under the names of a checkpoint, each expert apart; the engine holds them fused."""
-    models = [make_tiny(tmp_path / f"model{seed}", "qwen3_moe", tied=False, seed=seed) for seed in (0, 1)]
-    for model in models:
-        for file in folder.glob("*token*"):
-            shutil.copy(file, model)
-    ids = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    options = {**start_options(models[0], tmp_path / "engine.log"), "context_length": 256}
-    with start_engine(**options) as engine:
-        engine.wait_until_ready(timeout_s=300)
-        for version, model in enumerate(models):
-            if version:  # what is no expert's is shared
-                memory = SharedWeights(model_shape(AutoConfig.from_pretrained(model)), torch.float32)
-                load(engine, load_file(model / "model.safetensors").items(), version="1", memory=memory)
-            expected = true_logprobs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), ids)
-            found = torch.tensor(engine.logprobs([ids])[0][-len(expected) :])
-            assert (expected - found).abs().max() < TOLERANCE
