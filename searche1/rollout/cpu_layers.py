@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -116,8 +117,10 @@ def why_not(layer: Any) -> str:
         return "products that are not SGLang's own"  # such as LoRA's
     if any(type(product.quant_method) is not UnquantizedLinearMethod for product in products):
         return "quantized weights"
-    if any(product.tp_size != 1 or product.skip_bias_add for product in products):
+    if any(product.weight.shape != (product.output_size, product.input_size) for product in products):
         return "the engine is tensor-parallel"
+    if any(product.skip_bias_add for product in products):
+        return "a bias is added later"
     if any(x.dtype != torch.float32 or not x.is_contiguous() for x in tensors):
         return "they are not in float32"
     if any(type(norm) is not RMSNorm or norm.variance_size_override is not None for norm in norms):
@@ -174,9 +177,10 @@ def direct(forward: Forward) -> Forward:
 
 
 def register() -> None:
-    """Puts it into SGLang's models."""
+    """Puts it into SGLang's models, whose layers hand on a residual up to 0.5.21."""
     from sglang.srt.models.llama import LlamaDecoderLayer
     from sglang.srt.models.qwen2 import Qwen2DecoderLayer
 
     for layer in (LlamaDecoderLayer, Qwen2DecoderLayer):
-        layer.forward = direct(layer.forward)
+        if "residual" in inspect.signature(layer.forward).parameters:
+            layer.forward = direct(layer.forward)

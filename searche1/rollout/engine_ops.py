@@ -270,6 +270,8 @@ def register() -> None:
         from sglang.kernels.fused_op import BaseFusedOp
     except ModuleNotFoundError:
         return
+    if not hasattr(BaseFusedOp, "register_oot_forward"):
+        return
     from sglang.srt.layers.activation import SiluAndMul
     from sglang.srt.layers.layernorm import RMSNorm
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
