@@ -61,7 +61,9 @@ class DirectLayer:
             "before_mlp": norms[1].weight,
         }
         names = ("qkv", "out", "gate_up", "down")
-        self.linears = [(getattr(self.layer, name), x.weight, x.bias) for name, x in zip(names, products, strict=True)]
+        self.linears: dict[str, tuple[Tensor, Tensor | None]] = {
+            name: (product.weight, product.bias) for name, product in zip(names, products, strict=True)
+        }
 
     def forward(
         self, tokens: Tokens, x: Tensor, backend: BatchedNativeAttention, residual: Tensor | None
@@ -70,9 +72,7 @@ class DirectLayer:
 
         x, residual: float32 [tokens, hidden size].
         """
-        self._point()
-        keys, values = backend.token_to_kv_pool.get_kv_buffer(self.cache_number)
-        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
+        self.point(backend.token_to_kv_pool)
         out, total = torch.empty_like(x), torch.empty_like(x)
         scratch = x.new_empty(x.shape[0] * self.scratch)
         self.kernels.ops_layer(
@@ -86,12 +86,15 @@ class DirectLayer:
         )
         return out, total
 
-    def _point(self) -> None:
-        """At where its weights are now: a sync may have them lie elsewhere."""
+    def point(self, pool: Any) -> None:
+        """At where its weights and its part of the cache are now: a sync may have them lie elsewhere."""
+        keys, values = pool.get_kv_buffer(self.cache_number)
+        self.layer.keys, self.layer.values = keys.data_ptr(), values.data_ptr()
         for name, row in self.rows.items():
             setattr(self.layer, name, row.data_ptr())
-        for linear, weight, bias in self.linears:
+        for name, (weight, bias) in self.linears.items():
             assert weight.stride() == (1, len(weight)), "a weight came in rows: transpose_memory was undone"
+            linear = getattr(self.layer, name)
             linear.weight = weight.data_ptr()
             linear.bias = None if bias is None else bias.data_ptr()
 
@@ -144,20 +147,26 @@ def tell(reason: str) -> None:
     logger.warning("layers are computed by SGLang's own modules, which is slower on a CPU: %s", reason)
 
 
+def direct_layer(layer: Any) -> DirectLayer | None:
+    """Of a layer of SGLang's whose weights have their final form; None, which is told, if it cannot be."""
+    found: DirectLayer | None
+    try:
+        found = layer.searche1_direct
+    except AttributeError:  # the first call
+        reason = why_not(layer)
+        found = layer.searche1_direct = None if reason else DirectLayer(layer)
+        if reason:
+            tell(reason)
+    return found
+
+
 def direct(forward: Forward) -> Forward:
     """SGLang's `forward` of a decoder layer, computed directly where that is the same."""
 
     def decoder_layer(
         layer: Any, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        found: DirectLayer | None
-        try:
-            found = layer.searche1_direct
-        except AttributeError:  # the first call: its weights have their final form now
-            reason = why_not(layer)
-            found = layer.searche1_direct = None if reason else DirectLayer(layer)
-            if reason:
-                tell(reason)
+        found = direct_layer(layer)
         places, backend = forward_batch.out_cache_loc, get_attn_backend()
         fits = (
             found is not None

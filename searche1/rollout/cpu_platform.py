@@ -57,10 +57,18 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         return PagedTokenToKVPoolAllocator
 
-    def apply_server_args_defaults(self, server_args: object) -> None:
-        """Admits torch_native to deterministic inference, the mode in which a request's own seed counts."""
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Admits torch_native to deterministic inference, the mode in which a request's own seed counts.
+
+        The overlap schedule is for what cpu_overlap.py can compute beside the scheduler.
+        """
         from sglang.srt import server_args as choices
 
+        from megatron_ext import blas
+        from searche1.rollout import engine_ops
+
+        if server_args.tp_size > 1 or blas.missing() or isinstance(engine_ops.library(), str):
+            server_args.disable_overlap_schedule = True
         choices.add_deterministic_attention_backend_choices(["torch_native"])
         choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
 
@@ -72,7 +80,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.model_executor import forward_batch_info
 
         from megatron_ext.blas import multiply_by_openblas
-        from searche1.rollout import cpu_layers, engine_ops
+        from searche1.rollout import cpu_layers, cpu_overlap, engine_ops
         from searche1.rollout.cpu_attention import BatchedNativeAttention
         from searche1.rollout.cpu_kernels import filtered_multinomial, new_positions, seeded_multinomial
 
@@ -100,6 +108,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             )
             engine_ops.register()
             cpu_layers.register()
+            cpu_overlap.register()
         else:
             logger.warning("plain PyTorch, which is slower, instead of C++ kernels: %s", engine_ops.library())
         forward_batch_info.compute_position_torch = new_positions

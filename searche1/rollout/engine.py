@@ -364,7 +364,7 @@ def start_engine(
     if context_length:
         command += ["--context-length", str(context_length)]
     if kind == "cpu":
-        command += ["--device", "cpu", "--disable-overlap-schedule", "--disable-cuda-graph"]
+        command += ["--device", "cpu", "--disable-cuda-graph"]
         command += ["--attention-backend", attention_backend or "torch_native"]
         command += ["--max-total-tokens", str(max_total_tokens or CPU_MAX_TOTAL_TOKENS)]
         # The scheduler spins while it waits, which starves a trainer on the same cores.

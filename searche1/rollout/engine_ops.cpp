@@ -1,8 +1,15 @@
 // What SGLang's float32 layers do between matrix products on a CPU, without a tensor for every step; built and called
-// as megatron_ext/vocab_parallel/rows.cpp is. Every row and request is computed alone, with the same bits in any batch;
-// but for a layer's products, for which OpenBLAS chooses by their number of rows.
+// as megatron_ext/vocab_parallel/rows.cpp is. Every row and request is computed alone, with the same bits in any batch,
+// but for products that OpenBLAS computes, which chooses by their number of rows: a head's, and a layer's without panels.
 
 #include "../../megatron_ext/products.h"
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <pthread.h>
+#include <thread>
 
 namespace {
 
@@ -157,14 +164,61 @@ typedef void (*Sgemm)(int order, int a_order, int b_order, int rows, int columns
                       const float* a, int a_stride, const float* b, int b_stride, float beta, float* c, int c_stride);
 
 struct Linear {
-    const float *weight, *bias; // [in, out], and [out] or null
+    const float *weight, *bias, *panels; // [in, out]; [out] or null; as ops_panels has the weight, or null
 };
 
+// Rows and columns of a product whose sums fit a core's registers.
+constexpr int64_t TALL = LANES == 16 ? 12 : 6, WIDE = 2 * LANES;
+
+// y[COUNT, WIDE] = bias + x[COUNT, in] panel[in, WIDE], or only its first vector.
+template <int COUNT>
+void multiply_rows(int64_t in, const float* x, const float* panel, const float* bias, bool is_whole, float* y,
+                   int64_t y_stride) {
+    Floats sums[COUNT][2];
+    for (auto& sum : sums) sum[0] = load(bias), sum[1] = load(bias + LANES);
+    for (int64_t k = 0; k < in; k++) {
+        const Floats left = load(panel + k * WIDE), right = load(panel + k * WIDE + LANES);
+        for (int i = 0; i < COUNT; i++) {
+            sums[i][0] += x[i * in + k] * left;
+            sums[i][1] += x[i * in + k] * right;
+        }
+    }
+    for (int i = 0; i < COUNT; i++) {
+        store(y + i * y_stride, sums[i][0]);
+        if (is_whole) store(y + i * y_stride + LANES, sums[i][1]);
+    }
+}
+
+template <int COUNT = TALL, class... More> void multiply_some(int64_t count, More... more) {
+    if constexpr (COUNT > 0) {
+        if (count == COUNT)
+            multiply_rows<COUNT>(more...);
+        else
+            multiply_some<COUNT - 1>(count, more...);
+    }
+}
+
+// y[rows, out] = x[rows, in] weight + bias, by `sgemm` where there are no panels. From panels a row has the same bits in
+// any batch.
 void apply(Sgemm sgemm, Linear linear, int64_t rows, int64_t in, int64_t out, const float* x, float* y) {
-    if (linear.bias)
-        for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * out, linear.bias, out * sizeof(float));
-    // Row-major (101), neither transposed (111).
-    sgemm(101, 111, 111, rows, out, in, 1.0f, x, in, linear.weight, out, linear.bias ? 1.0f : 0.0f, y, out);
+    if (!linear.panels) {
+        if (linear.bias)
+            for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * out, linear.bias, out * sizeof(float));
+        // Row-major (101), neither transposed (111).
+        sgemm(101, 111, 111, rows, out, in, 1.0f, x, in, linear.weight, out, linear.bias ? 1.0f : 0.0f, y, out);
+        return;
+    }
+    const int64_t blocks = (rows + TALL - 1) / TALL; // of about as many rows
+    for (int64_t column = 0; column < out; column += WIDE) {
+        const float* panel = linear.panels + column * in;
+        float bias[WIDE] = {};
+        const bool is_whole = column + LANES < out;
+        if (linear.bias) std::memcpy(bias, linear.bias + column, (is_whole ? WIDE : LANES) * sizeof(float));
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t first = b * rows / blocks, count = (b + 1) * rows / blocks - first;
+            multiply_some(count, in, x + first * in, panel, bias, is_whole, y + first * out + column, out);
+        }
+    }
 }
 
 // SplitMix64's finalizer (Steele, Lea, Flood 2014).
@@ -255,6 +309,14 @@ void ops_sample(int64_t rows, int64_t vocab, const float* logits, const float* t
     }
 }
 
+// logits [rows, vocab] -> the likeliest ids [rows], the first of equals, and their logprobs.
+void ops_likeliest(int64_t rows, int64_t vocab, const float* logits, int32_t* ids, float* logprobs) {
+    for (int64_t r = 0; r < rows; r++, logits += vocab) {
+        ids[r] = (int32_t)(std::max_element(logits, logits + vocab) - logits);
+        logprobs[r] = logprob(logits, vocab, ids[r]);
+    }
+}
+
 // What follows takes widths that are multiples of sixteen: of a vector, whatever the machine.
 
 // out = norm(x + residual) * weight, sum = x + residual; without a residual sum is not written. All [rows, width].
@@ -276,13 +338,30 @@ void ops_rotate(int64_t tokens, int64_t heads, int64_t size, const int64_t* posi
             rotate_head(size / 2, angles + positions[t] * size, x + t * stride + h * size, out);
 }
 
-// What a decoder layer is: sizes, and weights as Linear has them.
+// weight [in, out] -> panels [out / WIDE, in, WIDE], of columns that a product takes together; 0 behind the last.
+void ops_panels(int64_t in, int64_t out, const float* weight, float* panels) {
+    for (int64_t column = 0; column < out; column += WIDE)
+        for (int64_t k = 0; k < in; k++, panels += WIDE) {
+            const float* from = weight + k * out + column;
+            store(panels, load(from));
+            store(panels + LANES, column + LANES < out ? load(from + LANES) : Floats{});
+        }
+}
+
+// y [rows, out] = x [rows, in] panels + bias [out] or null.
+void ops_product(int64_t rows, int64_t in, int64_t out, const float* x, const float* panels, const float* bias,
+                 float* y) {
+    apply(nullptr, {nullptr, bias, panels}, rows, in, out, x, y);
+}
+
+// What a decoder layer is: sizes, weights as Linear has them, and its cache [places, kv heads, size].
 struct Layer {
     Sgemm sgemm;
     int64_t hidden, heads, kv_heads, size, width; // width of the feed-forward layer
     float eps, scale;
     const float *angles, *before_attention, *before_mlp; // weights of the norms
     Linear qkv, out, gate_up, down;
+    float *keys, *values;
 };
 
 // What its new tokens are, packed, and where those of their requests lie; as ops_attention and rotate_and_keep have it.
@@ -290,29 +369,201 @@ struct Tokens {
     int64_t count, requests, slots_stride;
     const int64_t *positions, *places, *numbers, *lengths, *counts;
     const int32_t* slots;
-    float *keys, *values;
 };
 
-// x, and residual or null [tokens, hidden] -> out, and sum: what the next layer takes as its residual. scratch
-// [tokens, hidden + 2 * heads * size + the larger of (heads + 2 * kv_heads) * size and 2 * width].
-void ops_layer(const Layer* layer, const Tokens* tokens, const float* x, const float* residual, float* scratch,
-               float* sum, float* out) {
-    const Layer& is = *layer;
-    const int64_t rows = tokens->count, inner = is.heads * is.size, packed = inner + 2 * is.kv_heads * is.size;
-    float *normed = scratch, *query = normed + rows * is.hidden, *attended = query + rows * inner;
-    float* wide = attended + rows * inner;
+} // extern "C"
+
+namespace {
+
+// x, and residual or null [tokens, hidden] -> sum of both, and query [tokens, heads, size]; keys and values are kept.
+// scratch [tokens, hidden + (heads + 2 * kv_heads) * size].
+void ask(const Layer& is, const Tokens& tokens, const float* x, const float* residual, float* scratch, float* sum,
+         float* query) {
+    const int64_t rows = tokens.count, packed = (is.heads + 2 * is.kv_heads) * is.size;
+    float *normed = scratch, *wide = scratch + rows * is.hidden;
     norm_rows(rows, is.hidden, x, residual, is.before_attention, is.eps, sum, normed);
+    if (!residual) std::memcpy(sum, x, rows * is.hidden * sizeof(float));
     apply(is.sgemm, is.qkv, rows, is.hidden, packed, normed, wide);
-    rotate_and_keep(rows, is.heads, is.kv_heads, is.size, tokens->positions, is.angles, wide, tokens->places,
-                    tokens->keys, tokens->values, query);
-    ops_attention(tokens->requests, is.heads, is.kv_heads, is.size, query, tokens->keys, tokens->values,
-                  tokens->slots, tokens->slots_stride, tokens->numbers, tokens->lengths, tokens->counts, is.scale,
-                  attended);
+    rotate_and_keep(rows, is.heads, is.kv_heads, is.size, tokens.positions, is.angles, wide, tokens.places, is.keys,
+                    is.values, query);
+}
+
+// The rest of the layer: sum, to which attention is added, and out [tokens, hidden]. scratch
+// [tokens, heads * size + hidden + 2 * width].
+void answer(const Layer& is, const Tokens& tokens, const float* query, float* scratch, float* sum, float* out) {
+    const int64_t rows = tokens.count, inner = is.heads * is.size;
+    float *attended = scratch, *normed = attended + rows * inner, *wide = normed + rows * is.hidden;
+    ops_attention(tokens.requests, is.heads, is.kv_heads, is.size, query, is.keys, is.values, tokens.slots,
+                  tokens.slots_stride, tokens.numbers, tokens.lengths, tokens.counts, is.scale, attended);
     apply(is.sgemm, is.out, rows, inner, is.hidden, attended, out);
-    norm_rows(rows, is.hidden, out, residual ? sum : x, is.before_mlp, is.eps, sum, normed);
+    norm_rows(rows, is.hidden, out, sum, is.before_mlp, is.eps, sum, normed);
     apply(is.sgemm, is.gate_up, rows, is.hidden, 2 * is.width, normed, wide);
     for (int64_t r = 0; r < rows; r++) gate_row(is.width, wide + r * 2 * is.width, wide + r * is.width);
     apply(is.sgemm, is.down, rows, is.width, is.hidden, wide, out);
 }
+
+} // namespace
+
+extern "C" {
+
+// x, and residual or null [tokens, hidden] -> out, and sum: what the next layer takes as its residual. out may be x
+// and sum may be residual. scratch [tokens, hidden + 2 * heads * size + the larger of (heads + 2 * kv_heads) * size
+// and 2 * width].
+void ops_layer(const Layer* layer, const Tokens* tokens, const float* x, const float* residual, float* scratch,
+               float* sum, float* out) {
+    float* query = scratch;
+    scratch += tokens->count * layer->heads * layer->size;
+    ask(*layer, *tokens, x, residual, scratch, sum, query);
+    answer(*layer, *tokens, query, scratch, sum, out);
+}
+
+// Layers of the same sizes between embedding and head [vocab, hidden]; norm is the last one's weight. scratch: floats
+// that a layer needs for a token.
+struct Model {
+    const Layer* layers;
+    Sgemm sgemm; // of the head
+    int64_t count, vocab, scratch;
+    const float *embedding, *norm, *head;
+};
+
+// The new tokens of some requests, whose positions are their last, and what is drawn after them.
+struct Batch {
+    Tokens tokens;             // without positions
+    const int64_t* ids;        // of the tokens, or null: each request's newest one
+    int64_t* newest;           // [requests the pool holds], the token of each that was drawn last
+    const float* temperatures; // [requests], or null: the likeliest tokens are taken
+    const int64_t* seeds;      // [requests]
+    int32_t* drawn;            // [requests]
+    float* logprobs;           // [requests], at temperature 1
+};
+
+} // extern "C"
+
+namespace {
+
+// What the scheduler changes while a batch waits: the places of its requests' tokens [requests, longest].
+std::vector<int32_t> copy_slots(const Tokens& tokens, int64_t longest) {
+    std::vector<int32_t> slots(tokens.requests * longest);
+    for (int64_t r = 0; r < tokens.requests; r++)
+        std::memcpy(&slots[r * longest], tokens.slots + tokens.numbers[r] * tokens.slots_stride,
+                    tokens.lengths[r] * sizeof(int32_t));
+    return slots;
+}
+
+void pass(const Model& model, const Batch& batch, const std::vector<int32_t>& slots) {
+    const Layer& layer = model.layers[0];
+    Tokens tokens = batch.tokens;
+    const int64_t rows = tokens.count, requests = tokens.requests, hidden = layer.hidden;
+    std::vector<int64_t> positions(rows), last(requests), numbers(requests);
+    for (int64_t r = 0, row = 0; r < requests; r++) {
+        const int64_t count = tokens.counts ? tokens.counts[r] : 1;
+        for (int64_t k = 0; k < count; k++) positions[row++] = tokens.lengths[r] - count + k;
+        last[r] = row - 1;
+        numbers[r] = r;
+    }
+    tokens.positions = positions.data();
+    tokens.numbers = numbers.data();
+    tokens.slots = slots.data();
+    tokens.slots_stride = (int64_t)slots.size() / requests;
+
+    auto floats = [](int64_t count) { return std::unique_ptr<float[]>(new float[count]); };
+    const auto x = floats(rows * hidden), sum = floats(rows * hidden);
+    const auto scratch = floats(rows * model.scratch);
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t id = batch.ids ? batch.ids[row] : batch.newest[batch.tokens.numbers[row]];
+        std::memcpy(&x[row * hidden], model.embedding + id * hidden, hidden * sizeof(float));
+    }
+    const int64_t inner = layer.heads * layer.size;
+    for (int64_t l = 0; l < model.count; l++) {
+        float *query = scratch.get(), *rest = query + rows * inner;
+        ask(model.layers[l], tokens, x.get(), l ? sum.get() : nullptr, rest, sum.get(), query);
+        if (l == model.count - 1 && rows > requests) { // of the last layer only the last tokens are asked for
+            for (int64_t r = 0; r < requests; r++) {
+                std::memmove(query + r * inner, query + last[r] * inner, inner * sizeof(float));
+                std::memmove(&sum[r * hidden], &sum[last[r] * hidden], hidden * sizeof(float));
+            }
+            tokens.count = requests;
+            tokens.counts = nullptr;
+        }
+        answer(model.layers[l], tokens, query, rest, sum.get(), x.get());
+    }
+
+    const auto logits = floats(requests * model.vocab), normed = floats(requests * hidden);
+    norm_rows(requests, hidden, x.get(), sum.get(), model.norm, layer.eps, sum.get(), normed.get());
+    // Row-major (101), the second transposed (112).
+    model.sgemm(101, 111, 112, requests, model.vocab, hidden, 1.0f, normed.get(), hidden, model.head, hidden, 0.0f,
+                logits.get(), model.vocab);
+    for (int64_t r = 0; r < requests; r++) last[r] = positions[last[r]];
+    if (batch.temperatures)
+        ops_sample(requests, model.vocab, logits.get(), batch.temperatures, batch.seeds, last.data(), batch.drawn,
+                   batch.logprobs);
+    else
+        ops_likeliest(requests, model.vocab, logits.get(), batch.drawn, batch.logprobs);
+    for (int64_t r = 0; r < requests; r++) batch.newest[batch.tokens.numbers[r]] = batch.drawn[r];
+}
+
+// Batches that go through their models one after the other, in a thread that ends with the process.
+class Line {
+  public:
+    void add(const Model& model, const Batch& batch) {
+        const int64_t* lengths = batch.tokens.lengths;
+        auto slots = copy_slots(batch.tokens, *std::max_element(lengths, lengths + batch.tokens.requests));
+        {
+            std::lock_guard lock(mutex);
+            if (!added++) {
+                std::thread thread([this] { work(); });
+                pthread_setname_np(thread.native_handle(), "searche1-line"); // for `top -H` and the benches
+                thread.detach();
+            }
+            waiting.push_back({model, batch, std::move(slots)});
+        }
+        changed.notify_all();
+    }
+
+    void wait(int64_t number) {
+        std::unique_lock lock(mutex);
+        changed.wait(lock, [&] { return done >= number; });
+    }
+
+  private:
+    struct Job {
+        Model model;
+        Batch batch;
+        std::vector<int32_t> slots;
+    };
+
+    [[noreturn]] void work() {
+        for (std::unique_lock lock(mutex);;) {
+            changed.wait(lock, [&] { return !waiting.empty(); });
+            const Job job = std::move(waiting.front());
+            waiting.pop_front();
+            lock.unlock();
+            pass(job.model, job.batch, job.slots);
+            lock.lock();
+            done++;
+            changed.notify_all();
+        }
+    }
+
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Job> waiting;
+    int64_t added = 0, done = 0;
+};
+
+Line& line() {
+    static Line* const only = new Line; // its thread may outlive what is destroyed at the end
+    return *only;
+}
+
+} // namespace
+
+extern "C" {
+
+// Has a thread compute the batch after those before it. What it points at must stay until then, but for slots.
+void ops_start(const Model* model, const Batch* batch) { line().add(*model, *batch); }
+
+// Until so many batches of this process are done.
+void ops_wait(int64_t number) { line().wait(number); }
 
 } // extern "C"

@@ -27,15 +27,20 @@ SIGNATURES = {
     "ops_silu_and_mul": (_INT64, _INT64, _POINTER, _POINTER),
     "ops_seeded_multinomial": (_INT64, _INT64, *[_POINTER] * 4),
     "ops_sample": (_INT64, _INT64, *[_POINTER] * 6),
+    "ops_likeliest": (_INT64, _INT64, *[_POINTER] * 3),
     "ops_rotate": (*[_INT64] * 3, _POINTER, _POINTER, _POINTER, _INT64, _POINTER),
+    "ops_panels": (_INT64, _INT64, _POINTER, _POINTER),
+    "ops_product": (*[_INT64] * 3, *[_POINTER] * 4),
     "ops_layer": [_POINTER] * 7,
+    "ops_start": [_POINTER] * 2,
+    "ops_wait": [_INT64],
 }
 
 
 class Linear(ctypes.Structure):
-    """weight [in, out] in memory, and bias [out] or None."""
+    """weight [in, out] in memory, bias [out] or None, and the weight as `ops_panels` puts it or None."""
 
-    _fields_ = [("weight", _POINTER), ("bias", _POINTER)]
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER), ("panels", _POINTER)]
 
 
 class Layer(ctypes.Structure):
@@ -47,6 +52,7 @@ class Layer(ctypes.Structure):
         *((name, _FLOAT) for name in ("eps", "scale")),
         *((name, _POINTER) for name in ("angles", "before_attention", "before_mlp")),
         *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _POINTER) for name in ("keys", "values")),
     ]
 
     def scratch(self) -> int:
@@ -61,7 +67,26 @@ class Tokens(ctypes.Structure):
     _fields_ = [
         *((name, _INT64) for name in ("count", "requests", "slots_stride")),
         *((name, _POINTER) for name in ("positions", "places", "numbers", "lengths", "counts", "slots")),
-        *((name, _POINTER) for name in ("keys", "values")),
+    ]
+
+
+class Model(ctypes.Structure):
+    """`struct Model`: layers between an embedding and a head."""
+
+    _fields_ = [
+        ("layers", _POINTER),
+        ("sgemm", _POINTER),
+        *((name, _INT64) for name in ("count", "vocab", "scratch")),
+        *((name, _POINTER) for name in ("embedding", "norm", "head")),
+    ]
+
+
+class Batch(ctypes.Structure):
+    """`struct Batch`: new tokens of requests, and what is drawn after them."""
+
+    _fields_ = [
+        ("tokens", Tokens),
+        *((name, _POINTER) for name in ("ids", "newest", "temperatures", "seeds", "drawn", "logprobs")),
     ]
 
 
@@ -162,6 +187,20 @@ def seeded_multinomial(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Te
         *logprobs.shape, logprobs.data_ptr(), seeds.data_ptr(), positions.data_ptr(), out.data_ptr()
     )
     return out
+
+
+PANEL = 32  # columns of a weight that `to_panels` puts together on AVX-512, or a multiple of them
+
+
+def empty_panels(weight: Tensor) -> Tensor:
+    """Memory for `to_panels` of a weight [out, in]."""
+    return torch.empty(weight.shape[1] * -(-len(weight) // PANEL) * PANEL)
+
+
+def to_panels(weight: Tensor, panels: Tensor) -> None:
+    """A weight [out, in] that lies transposed, out a multiple of WIDTH, in the order in which products read it."""
+    assert weight.stride() == (1, len(weight)) and len(weight) % WIDTH == 0
+    kernels().ops_panels(*weight.shape[::-1], weight.data_ptr(), panels.data_ptr())
 
 
 def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

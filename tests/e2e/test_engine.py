@@ -66,7 +66,8 @@ def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 def test_many_requests_at_once_get_the_logprobs_of_transformers(engine, reference):
     prompts = prompts_of_many_lengths()
     completions = complete(engine, prompts)
-    assert "SGLang's own modules" not in engine.log_path.read_text()  # but ours
+    log = engine.log_path.read_text()
+    assert "SGLang's own modules" not in log and "the scheduler rests" not in log  # but ours
     assert max(worst_gap(reference, p, c) for p, c in zip(prompts, completions, strict=True)) < TOLERANCE
     assert {c.weight_version for c in completions} == {"default"}
 
@@ -100,17 +101,39 @@ def test_a_seed_gives_the_same_ids_in_any_company(engine):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
     async def beside_greedy_ones() -> list[Completion]:
-        settings = {"max_new_tokens": 24, "top_p": 1.0, "stop": ()}
+        settings = {"top_p": 1.0, "stop": ()}
         async with aiohttp.ClientSession() as session:
             requests = (
-                engine.generate(session, ids, seed=i, temperature=temperature, **settings)
+                engine.generate(session, ids, seed=i, temperature=temperature, max_new_tokens=count, **settings)
                 for i, ids in enumerate(prompts)
-                for temperature in (1.0, 0.0)
+                for temperature, count in ((1.0, 24), (0.0, 7))  # on a CPU SGLang's batches, and ours behind them
             )
             return (await asyncio.gather(*requests))[::2]
 
     assert [c.token_ids for c in asyncio.run(beside_greedy_ones())] == [c.token_ids for c in together]
     assert len({c.token_ids for c in complete(engine, [prompts[0]] * 8)}) == 8
+
+
+def test_contexts_stay_exact_where_requests_end_and_others_take_their_place(engine, reference):
+    """A request's row is another's as soon as it ends, while a batch with its last token may still be computed."""
+    prompts = [[3 + i, *ids] for i, ids in enumerate(prompts_of_many_lengths() * 3)]
+
+    async def two_turns() -> list[tuple[list[int], Completion]]:
+        free = asyncio.Semaphore(12)
+        settings = {"temperature": 1.0, "top_p": 1.0, "stop": ()}
+        async with aiohttp.ClientSession() as session:
+
+            async def one(number: int, prompt: list[int]) -> tuple[list[int], Completion]:
+                async with free:
+                    options = {"max_new_tokens": 1 + number % 9, "seed": number, **settings}
+                    first = await engine.generate(session, prompt, **options)
+                context = [*prompt, *first.token_ids, 7, 8, 9]
+                async with free:
+                    return context, await engine.generate(session, context, **{**options, "max_new_tokens": 3})
+
+            return await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
+
+    assert max(worst_gap(reference, context, c) for context, c in asyncio.run(two_turns())) < TOLERANCE
 
 
 def test_a_stop_string_ends_the_completion_and_stays_in_it(engine, tokenizer):

@@ -103,7 +103,7 @@ class Weights:
         bias = torch.randn(packed) if has_bias else None
         return Weights(heads, kv_heads, size, 1 + torch.rand(2, hidden), qkv, bias, out, gate_up, down)
 
-    def as_layer(self, table: torch.Tensor, kept: list[torch.Tensor]) -> ops.Layer:
+    def as_layer(self, table: torch.Tensor, kept: list[torch.Tensor], *, products: str = "panels") -> ops.Layer:
         layer = ops.Layer(
             sgemm=blas.sgemm_address(),
             hidden=self.qkv.shape[1],
@@ -118,8 +118,14 @@ class Weights:
             before_mlp=self.norms[1].data_ptr(),
         )
         for name in ("qkv", "out", "gate_up", "down"):
-            kept.append(getattr(self, name).t().contiguous())
-            getattr(layer, name).weight = kept[-1].data_ptr()
+            weight = getattr(self, name).t().contiguous()
+            kept.append(weight)
+            getattr(layer, name).weight = weight.data_ptr()
+            if products == "panels":
+                panels = ops.empty_panels(weight.t()).fill_(float("nan"))
+                kept.append(panels)
+                ops.to_panels(weight.t(), panels)
+                getattr(layer, name).panels = panels.data_ptr()
         layer.qkv.bias = None if self.bias is None else self.bias.data_ptr()
         return layer
 
@@ -153,10 +159,11 @@ class Weights:
 
 
 @pytest.mark.skipif(bool(blas.missing()), reason=blas.missing())
+@pytest.mark.parametrize("products", ["OpenBLAS", "panels"])
 @pytest.mark.parametrize("counts", [None, [1, 5, 40]])
 @pytest.mark.parametrize(("has_bias", "has_residual"), [(True, True), (False, False)])
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "hidden", "width"), [(4, 2, 32, 96, 160), (3, 1, 64, 128, 48)])
-def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_residual, counts):
+def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_residual, counts, products):
     torch.manual_seed(0)
     weights = Weights.random(heads=heads, kv_heads=kv_heads, size=size, hidden=hidden, width=width, has_bias=has_bias)
     lengths, new = [1, 9, 70], counts or [1, 1, 1]
@@ -172,7 +179,8 @@ def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_res
     x = torch.randn(sum(new), hidden)
     residual = torch.randn(sum(new), hidden) if has_residual else None
     kept: list[torch.Tensor] = []
-    layer = weights.as_layer(table, kept)
+    layer = weights.as_layer(table, kept, products=products)
+    layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
     lengths_, counts_ = torch.tensor(lengths), torch.tensor(new)
     tokens = ops.Tokens(
         count=len(x),
@@ -184,8 +192,6 @@ def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_res
         lengths=lengths_.data_ptr(),
         counts=counts_.data_ptr() if counts else None,
         slots=slots.data_ptr(),
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
     )
     out, total = torch.full((2, *x.shape), float("nan"))
     scratch = torch.full((len(x) * layer.scratch(),), float("nan"))
@@ -211,6 +217,169 @@ def test_a_decoder_layer(heads, kv_heads, size, hidden, width, has_bias, has_res
     others = torch.ones(len(keys), dtype=torch.bool)
     others[places] = False
     assert torch.equal(keys[others], before[0][others]) and torch.equal(values[others], before[1][others])
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("inner", "columns"), [(1, 16), (37, 48), (256, 160), (4864, 32)])
+def test_products_from_panels(inner, columns, has_bias):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(inner, columns).t(), torch.randn(columns) if has_bias else None
+    panels = ops.empty_panels(weight).fill_(float("nan"))
+    ops.to_panels(weight, panels)
+    x = torch.randn(30, inner)
+    rows: dict[int, torch.Tensor] = {}
+    for count in (1, 2, 5, 6, 7, 11, 12, 13, 25, 30):
+        out = torch.full((count + 1, columns), float("nan"))
+        pointers = (x.data_ptr(), panels.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+        ops.kernels().ops_product(count, inner, columns, *pointers)
+        assert (
+            unlike(out[:-1], F.linear(x[:count].double(), weight.double(), bias if bias is None else bias.double()))
+            < 1e-5
+        )
+        assert out[-1].isnan().all()  # nothing is written behind
+        rows[count] = out[:-1]
+    assert all(torch.equal(found, rows[30][:count]) for count, found in rows.items())  # the same bits in any company
+
+
+class SmallModel:
+    """Two layers between an embedding and a head, with a cache of `PLACES` places."""
+
+    PLACES = 500
+
+    def __init__(self) -> None:
+        self.layers = [
+            Weights.random(heads=4, kv_heads=2, size=32, hidden=96, width=160, has_bias=True) for _ in range(2)
+        ]
+        self.embedding, self.head = torch.randn(2, 50, 96)
+        self.norm, self.table = 1 + torch.rand(96), torch.randn(100, 32)
+        self.caches = torch.full((2, 2, self.PLACES, 2, 32), float("nan"))
+        self.slots = torch.randperm(self.PLACES).int().view(5, 100)
+        self.newest = torch.zeros(5, dtype=torch.int64)
+        self.kept: list[torch.Tensor] = []
+        self.structs = (ops.Layer * 2)(*(layer.as_layer(self.table, self.kept) for layer in self.layers))
+        for struct, (keys, values) in zip(self.structs, self.caches, strict=True):
+            struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+        self.struct = ops.Model(
+            layers=ctypes.addressof(self.structs),
+            sgemm=blas.sgemm_address(),
+            count=2,
+            vocab=50,
+            scratch=self.structs[0].scratch(),
+            embedding=self.embedding.data_ptr(),
+            norm=self.norm.data_ptr(),
+            head=self.head.data_ptr(),
+        )
+
+    def start(self, numbers, lengths, *, new=None, temperatures=None, seeds=None, will_end=()):
+        """The drawn ids and their logprobs, which are there after ops_wait. `new` are each request's new ids."""
+        counts = [1] * len(lengths) if new is None else [len(ids) for ids in new]
+        places = [
+            self.slots[number, length - count : length]
+            for number, length, count in zip(numbers, lengths, counts, strict=True)
+        ]
+        drawn, logprobs = torch.full((len(numbers),), -1, dtype=torch.int32), torch.empty(len(numbers))
+        tensors = {
+            "places": torch.cat(places).long(),
+            "numbers": torch.tensor(numbers),
+            "lengths": torch.tensor(lengths),
+            "slots": self.slots,
+        }
+        others = {"newest": self.newest, "drawn": drawn, "logprobs": logprobs}
+        if new is not None:
+            tensors["counts"], others["ids"] = torch.tensor(counts), torch.tensor([id for ids in new for id in ids])
+        if temperatures is not None:
+            others |= {"temperatures": torch.tensor(temperatures), "seeds": torch.tensor(seeds)}
+        self.kept += [*tensors.values(), *others.values()]
+        tokens = ops.Tokens(
+            count=sum(counts),
+            requests=len(numbers),
+            slots_stride=100,
+            **{name: x.data_ptr() for name, x in tensors.items()},
+        )
+        batch = ops.Batch(tokens=tokens, **{name: x.data_ptr() for name, x in others.items()})
+        ops.kernels().ops_start(ctypes.byref(self.struct), ctypes.byref(batch))
+        STARTED.append(batch)
+        if will_end:  # the scheduler gives its row to another request
+            self.slots[list(will_end)] = 0
+        return drawn, logprobs
+
+    def expected(self, ids: list[int]) -> torch.Tensor:
+        """Logprobs of the next token in float64."""
+        x, residual, nothing = self.embedding[ids], None, torch.empty(0, 2, 32)
+        for layer in self.layers:
+            positions = torch.arange(len(ids))
+            x, residual, *_ = layer.expected(x, residual, positions=positions, table=self.table, own=(nothing, nothing))
+        last = F.rms_norm((x + residual)[-1], (96,), self.norm.double(), 1e-6)
+        return F.log_softmax(self.head.double() @ last, dim=-1)
+
+
+STARTED: list[ops.Batch] = []  # in this process
+
+
+@pytest.mark.skipif(bool(blas.missing()), reason=blas.missing())
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_batches_in_the_line_continue_what_those_before_them_drew(is_greedy):
+    torch.manual_seed(1)
+    model = SmallModel()
+    prompts = {3: [7, 1, 49, 12, 30], 0: [9], 4: [int(x) for x in torch.randint(50, (40,))]}
+    temperatures, seeds = {3: 1.0, 0: 0.7, 4: 1.3}, {3: 5, 0: 2**31 - 1, 4: 0}
+
+    def options(numbers):
+        if is_greedy:
+            return {}
+        return {"temperatures": [temperatures[k] for k in numbers], "seeds": [seeds[k] for k in numbers]}
+
+    # Nobody looks at an id before all batches are handed over; a request comes later, and one leaves early.
+    lengths = {number: len(ids) for number, ids in prompts.items()}
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {number: [] for number in prompts}
+    steps = [([3, 0], True), ([3, 0], False), ([4], True), ([0, 4, 3], False), ([4, 3], False), ([3, 4], False)]
+    for step, (numbers, is_first) in enumerate(steps):
+        will_end = [k for k in numbers if not any(k in others for others, _ in steps[step + 1 :])]
+        for number in numbers if not is_first else []:
+            lengths[number] += 1
+        new = [prompts[number] for number in numbers] if is_first else None
+        drawn, logprobs = model.start(
+            numbers, [lengths[k] for k in numbers], new=new, will_end=will_end, **options(numbers)
+        )
+        for row, number in enumerate(numbers):
+            found[number].append((drawn[row], logprobs[row]))
+    ops.kernels().ops_wait(len(STARTED))
+
+    for number, prompt in prompts.items():
+        ids = list(prompt)
+        for drawn, logprob in found[number]:
+            expected = model.expected(ids)
+            if is_greedy:
+                assert drawn == expected.argmax()
+            else:
+                scaled = (expected / temperatures[number])[None]
+                wanted = seeded_multinomial(scaled, torch.tensor([seeds[number]]), torch.tensor([len(ids) - 1]))
+                assert drawn == wanted
+            assert abs(logprob - expected[drawn]) < 2e-5
+            ids.append(int(drawn))
+        assert model.newest[number] == ids[-1]
+
+
+@pytest.mark.skipif(bool(blas.missing()), reason=blas.missing())
+@pytest.mark.parametrize("company", [1, 5, 30])
+def test_a_request_has_the_same_bits_in_any_company(company):
+    torch.manual_seed(2)
+    model = SmallModel()
+    prompt, other = [5, 6, 7, 8], [int(x) for x in torch.randint(50, (company,))]
+    _, alone = model.start([1], [4], new=[prompt])
+    _, together = model.start([0, 2], [company, 4], new=[other, prompt])
+    ops.kernels().ops_wait(len(STARTED))
+    keys = model.caches[:, :, model.slots[1, :4].long()], model.caches[:, :, model.slots[2, :4].long()]
+    assert torch.equal(*keys) and abs(alone[0] - together[1]) < 1e-6  # the head's product is OpenBLAS's
+
+
+def test_the_likeliest_ids_are_the_first_of_equals():
+    logits = torch.randn(3, 1001)
+    logits[1, [17, 400]] = 9.0
+    ids, logprobs = torch.empty(3, dtype=torch.int32), torch.empty(3)
+    ops.kernels().ops_likeliest(3, 1001, *(x.data_ptr() for x in (logits, ids, logprobs)))
+    assert ids.tolist() == logits.argmax(-1).tolist() and ids[1] == 17
+    assert unlike(logprobs, logits.double().log_softmax(-1).amax(-1)) < 1e-6
 
 
 def test_other_sizes_and_dtypes_are_left_to_pytorch():

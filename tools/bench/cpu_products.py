@@ -4,9 +4,9 @@
 
 The four products of a layer, all layers in a row, on one thread: of the Qwen2 of `rollout.py decode`, and of two layers
 of Qwen2.5-0.5B's size; with weights as checkpoints have them and with the same transposed in memory, and for the first
-also those of backward. Then the time to load those weights into either memory, as the CPU engine does it
-(`searche1/rollout/cpu_kernels.py`), and as a weight sync writes them (`megatron_ext/cpu_layers.py`). Medians of calls
-in turn; JSON as the last line.
+also those of backward; and from panels of the transposed ones, as the engine computes them (`cpu_overlap.py`). Then the
+time to load those weights into either memory, as the CPU engine does it (`searche1/rollout/cpu_kernels.py`), and as a
+weight sync writes them (`megatron_ext/cpu_layers.py`). Medians of calls in turn; JSON as the last line.
 
 OPENBLAS_CORETYPE, where it is set, decides what OpenBLAS uses of the machine; the first line says what it does.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_ext import blas
 from megatron_ext.cpu_layers import copy_transposed
+from searche1.rollout import engine_ops
 from searche1.rollout.cpu_kernels import transpose_memory
 
 LAYERS = {  # (in, out) of the products of all layers
@@ -68,6 +69,13 @@ def by_openblas(products: Products) -> None:
             torch.mm(a, b, out=out)
 
 
+def from_panels(products: Products, panels: list[Tensor]) -> None:
+    for (x, weight, out), panel in zip(products, panels, strict=True):
+        engine_ops.kernels().ops_product(
+            *x.shape, weight.shape[1], x.data_ptr(), panel.data_ptr(), None, out.data_ptr()
+        )
+
+
 def forward(weights: list[Any], rows: int) -> Products:
     return [(torch.randn(rows, w.shape[1]), w.detach().t(), torch.empty(rows, w.shape[0])) for w in weights]
 
@@ -99,6 +107,9 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
         if name == "transposed":
             for weight in weights:
                 transpose_memory(weight)
+    panels = [engine_ops.empty_panels(weight) for weight in held["transposed"]]
+    for weight, panel in zip(held["transposed"], panels, strict=True):
+        engine_ops.to_panels(weight, panel)
     found: dict[str, Any] = {}
     for rows in ROWS:
         asked = {f"forward, weights {name}": forward(weights, rows) for name, weights in held.items()}
@@ -108,6 +119,7 @@ def measure(sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
             for what, products in asked.items()
             for name, work in (("PyTorch", by_pytorch), ("OpenBLAS", by_openblas))
         }
+        works["forward, panels, the engine's"] = partial(from_panels, asked["forward, weights transposed"], panels)
         taken = medians(works, repeats=repeats if rows < 1000 else max(3, repeats // 5))
         flop = 2 * rows * sum(a * b for a, b in sizes)
         found[f"{rows} rows, GFLOP/s"] = {
@@ -130,6 +142,8 @@ def main() -> int:
     torch.set_num_threads(1)
     if reason := blas.missing():
         parser.error(f"there is no OpenBLAS to measure: {reason}")
+    if isinstance(reason := engine_ops.library(), str):
+        parser.error(f"there are no kernels of the engine to measure: {reason}")
     print(f"OpenBLAS computes with its kernels for {blas.core()}", flush=True)
     result: dict[str, Any] = {"OpenBLAS's kernels": blas.core()}
     with torch.inference_mode():

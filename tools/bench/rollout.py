@@ -71,7 +71,7 @@ def stock_engine(model: Path, log: Path, *, max_running: int, port: int) -> Engi
     """SGLang as a user starts it on a CPU, with the smallest pool that is enough and no detours."""
     command = [sys.executable, str(ROOT / "tools/bench/stock_server.py"), "--model-path", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--device", "cpu"]
-    command += ["--dtype", "float32", "--disable-overlap-schedule", "--disable-cuda-graph"]
+    command += ["--dtype", "float32", "--disable-cuda-graph"]
     command += ["--attention-backend", "torch_native", "--max-total-tokens", "60000", "--sleep-on-idle"]
     command += ["--mem-fraction-static", "0.2", "--max-running-requests", str(max_running)]
     command += ["--context-length", "1000", "--grammar-backend", "none"]
@@ -252,12 +252,14 @@ async def replay(engine: Engine, trajectories: Sequence[Trajectory]) -> Replayed
     return found
 
 
-def scheduler_seconds(engine: Engine) -> float:
-    """Processor time that the engine's loop has taken so far."""
+def computing_seconds(engine: Engine) -> float:
+    """Processor time that the engine's batches have taken so far, in the thread that cpu_overlap.py describes."""
     assert engine._process is not None
     workers = psutil.Process(engine._process.pid).children(recursive=True)
     (scheduler,) = (worker for worker in workers if "sglang::scheduler" in " ".join(worker.cmdline()))
-    return sum(scheduler.cpu_times()[:2])
+    names = Path(f"/proc/{scheduler.pid}/task")
+    (line,) = (x for x in scheduler.threads() if (names / str(x.id) / "comm").read_text() == "searche1-line\n")
+    return line.user_time + line.system_time
 
 
 class Deck:
@@ -420,11 +422,11 @@ def bench_search(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                 )
                 starts = sampler.starts(asked)
                 engine.flush_cache()
-                busy_s = scheduler_seconds(engine)
+                busy_s = computing_seconds(engine)
                 started = time.perf_counter()
                 groups = sampler.sample(Rollouts(starts, samples), temperature=1.0, seed=repeat)
                 ours_s = time.perf_counter() - started
-                busy_s = scheduler_seconds(engine) - busy_s
+                busy_s = computing_seconds(engine) - busy_s
                 trajectories = [t for group in groups for t in group.trajectories]
                 engine.flush_cache()
                 started = time.perf_counter()

@@ -31,7 +31,7 @@ import aiohttp
 import torch
 from cpu_engine import cpu_engine, stopped
 from hf_loop import TOY_POLICY, TurnLoop
-from rollout import ROOT, decode_together, median_ratio, replay, scheduler_seconds, small_model
+from rollout import ROOT, computing_seconds, decode_together, median_ratio, replay, small_model
 from transformers import AutoModelForCausalLM
 
 from searche1.config import Config, load_config
@@ -184,11 +184,11 @@ def bench(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                     prompt=config.prompt,
                 )
                 engine.flush_cache()
-                busy_s = scheduler_seconds(engine)
+                busy_s = computing_seconds(engine)
                 started = time.perf_counter()
                 groups = sampler.sample(Rollouts(ours.starts, SAMPLES), temperature=1.0, seed=repeat)
                 ours_s = time.perf_counter() - started
-                busy_s = scheduler_seconds(engine) - busy_s
+                busy_s = computing_seconds(engine) - busy_s
                 trajectories = [t for group in groups for t in group.trajectories]
                 assert sum(t.num_policy_tokens for t in trajectories) == ours.tokens
                 assert all(t.status == "answered" for t in trajectories)
