@@ -1,8 +1,8 @@
 """SGLang's overlap schedule on a CPU: a thread computes batches while the scheduler works on those before and after.
 
 On a GPU the scheduler starts a batch before it has seen the tokens of the last one, which the GPU's stream hands on.
-Here that stream is a line of batches in C++ (`ops_start`), each of which goes through embedding, layers, head and draw
-without the interpreter. A batch that the line is not built for waits until it is empty and is SGLang's.
+Here it is a stream of batches in C++ (`ops_start`), each of which goes through embedding, layers, head and draw
+without the interpreter. A batch that it is not built for waits until it is empty and is SGLang's.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Method = Callable[..., Any]
 
 
 class Pending(GenerationBatchResult):
-    """Of a batch in the line. By `delay_sample_func` SGLang knows that its tokens are not there yet."""
+    """Of a batch in the stream. By `delay_sample_func` SGLang knows that its tokens are not there yet."""
 
     delay_sample_func: Callable[[], None] | None
 
     def __init__(self, number: int, drawn: Tensor, logprobs: Tensor, kept: tuple[Any, ...]) -> None:
-        """The batch is `number` in the line; `kept` is what it reads."""
+        """The batch is `number` in the stream; `kept` is what it reads."""
         super().__init__(delay_sample_func=self.wait)
         self.number, self.drawn, self.logprobs, self.kept = number, drawn, logprobs, kept
 
@@ -82,9 +82,9 @@ class DirectModel:
         self.is_changed = True  # whether weights and cache may have changed since the last batch
 
     def start(self, batch: Any, newest: Tensor) -> Pending:
-        """Puts a batch that `fits` into the line.
+        """Puts a batch that `fits` into the stream.
 
-        newest: int64 [requests the pool holds], the last token of each; the line reads and writes it.
+        newest: int64 [requests the pool holds], the last token of each; the stream reads and writes it.
         """
         if self.is_changed:
             self._point()
@@ -122,11 +122,11 @@ class DirectModel:
         return self.latest[-1]
 
     def wait(self) -> None:
-        """Until the line is empty."""
+        """Until the stream is empty."""
         kernels().ops_wait(self.started)
 
-    def let_change(self) -> None:
-        """Waits until the line is empty. Weights and cache may be changed then, until the next batch starts."""
+    def invalidate(self) -> None:
+        """Waits until the stream is empty. Weights and cache may be changed then, until the next batch starts."""
         self.wait()
         self.is_changed = True
 
@@ -158,7 +158,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def why_not(runner: Any) -> str:
-    """What keeps a ModelRunner's model out of the line; empty if nothing does. Its weights have their final form."""
+    """What keeps a ModelRunner's model out of the stream; empty if nothing does. Its weights have their final form."""
     model, slots = runner.model, runner.req_to_token_pool.req_to_token
     if type(model).__name__ not in MODELS:
         return f"it is a {type(model).__name__}"
@@ -224,12 +224,12 @@ def fits(batch: Any) -> bool:
 
 
 class Overlap:
-    """The scheduler's side of the line: its and its worker's methods around SGLang's."""
+    """The scheduler's side of the stream: its and its worker's methods around SGLang's."""
 
     def __init__(self) -> None:
         self.model: DirectModel | None = None
-        self.has_looked = False  # whether the model can go through the line
-        self.newest: Tensor | None = None  # the scheduler's, while it starts a batch that goes into the line
+        self.has_looked = False  # whether the model can go through the stream
+        self.newest: Tensor | None = None  # the scheduler's, while it starts a batch that goes into the stream
 
     def run_batch(self, original: Method) -> Method:
         def run_batch(scheduler: Any, batch: Any, *more: Any) -> Any:
@@ -273,7 +273,7 @@ class Overlap:
     def process_input_requests(self, original: Method) -> Method:
         def process_input_requests(scheduler: Any, requests: Any) -> Any:
             if self.model is not None and not all(isinstance(request, GENERATION) for request in requests):
-                self.model.let_change()
+                self.model.invalidate()
             return original(scheduler, requests)
 
         return process_input_requests

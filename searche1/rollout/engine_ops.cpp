@@ -377,7 +377,7 @@ namespace {
 
 // x, and residual or null [tokens, hidden] -> sum of both, and query [tokens, heads, size]; keys and values are kept.
 // scratch [tokens, hidden + (heads + 2 * kv_heads) * size].
-void ask(const Layer& is, const Tokens& tokens, const float* x, const float* residual, float* scratch, float* sum,
+void project_qkv(const Layer& is, const Tokens& tokens, const float* x, const float* residual, float* scratch, float* sum,
          float* query) {
     const int64_t rows = tokens.count, packed = (is.heads + 2 * is.kv_heads) * is.size;
     float *normed = scratch, *wide = scratch + rows * is.hidden;
@@ -390,7 +390,7 @@ void ask(const Layer& is, const Tokens& tokens, const float* x, const float* res
 
 // The rest of the layer: sum, to which attention is added, and out [tokens, hidden]. scratch
 // [tokens, heads * size + hidden + 2 * width].
-void answer(const Layer& is, const Tokens& tokens, const float* query, float* scratch, float* sum, float* out) {
+void attend_and_feed(const Layer& is, const Tokens& tokens, const float* query, float* scratch, float* sum, float* out) {
     const int64_t rows = tokens.count, inner = is.heads * is.size;
     float *attended = scratch, *normed = attended + rows * inner, *wide = normed + rows * is.hidden;
     ops_attention(tokens.requests, is.heads, is.kv_heads, is.size, query, is.keys, is.values, tokens.slots,
@@ -413,8 +413,8 @@ void ops_layer(const Layer* layer, const Tokens* tokens, const float* x, const f
                float* sum, float* out) {
     float* query = scratch;
     scratch += tokens->count * layer->heads * layer->size;
-    ask(*layer, *tokens, x, residual, scratch, sum, query);
-    answer(*layer, *tokens, query, scratch, sum, out);
+    project_qkv(*layer, *tokens, x, residual, scratch, sum, query);
+    attend_and_feed(*layer, *tokens, query, scratch, sum, out);
 }
 
 // Layers of the same sizes between embedding and head [vocab, hidden]; norm is the last one's weight. scratch: floats
@@ -450,7 +450,7 @@ std::vector<int32_t> copy_slots(const Tokens& tokens, int64_t longest) {
     return slots;
 }
 
-void pass(const Model& model, const Batch& batch, const std::vector<int32_t>& slots) {
+void forward(const Model& model, const Batch& batch, const std::vector<int32_t>& slots) {
     const Layer& layer = model.layers[0];
     Tokens tokens = batch.tokens;
     const int64_t rows = tokens.count, requests = tokens.requests, hidden = layer.hidden;
@@ -476,7 +476,7 @@ void pass(const Model& model, const Batch& batch, const std::vector<int32_t>& sl
     const int64_t inner = layer.heads * layer.size;
     for (int64_t l = 0; l < model.count; l++) {
         float *query = scratch.get(), *rest = query + rows * inner;
-        ask(model.layers[l], tokens, x.get(), l ? sum.get() : nullptr, rest, sum.get(), query);
+        project_qkv(model.layers[l], tokens, x.get(), l ? sum.get() : nullptr, rest, sum.get(), query);
         if (l == model.count - 1 && rows > requests) { // of the last layer only the last tokens are asked for
             for (int64_t r = 0; r < requests; r++) {
                 std::memmove(query + r * inner, query + last[r] * inner, inner * sizeof(float));
@@ -485,7 +485,7 @@ void pass(const Model& model, const Batch& batch, const std::vector<int32_t>& sl
             tokens.count = requests;
             tokens.counts = nullptr;
         }
-        answer(model.layers[l], tokens, query, rest, sum.get(), x.get());
+        attend_and_feed(model.layers[l], tokens, query, rest, sum.get(), x.get());
     }
 
     const auto logits = floats(requests * model.vocab), normed = floats(requests * hidden);
@@ -503,7 +503,7 @@ void pass(const Model& model, const Batch& batch, const std::vector<int32_t>& sl
 }
 
 // Batches that go through their models one after the other, in a thread that ends with the process.
-class Line {
+class Stream {
   public:
     void add(const Model& model, const Batch& batch) {
         const int64_t* lengths = batch.tokens.lengths;
@@ -512,7 +512,7 @@ class Line {
             std::lock_guard lock(mutex);
             if (!added++) {
                 std::thread thread([this] { work(); });
-                pthread_setname_np(thread.native_handle(), "searche1-line"); // for `top -H` and the benches
+                pthread_setname_np(thread.native_handle(), "searche1-stream"); // for `top -H` and the benches
                 thread.detach();
             }
             waiting.push_back({model, batch, std::move(slots)});
@@ -538,7 +538,7 @@ class Line {
             const Job job = std::move(waiting.front());
             waiting.pop_front();
             lock.unlock();
-            pass(job.model, job.batch, job.slots);
+            forward(job.model, job.batch, job.slots);
             lock.lock();
             done++;
             changed.notify_all();
@@ -551,8 +551,8 @@ class Line {
     int64_t added = 0, done = 0;
 };
 
-Line& line() {
-    static Line* const only = new Line; // its thread may outlive what is destroyed at the end
+Stream& stream() {
+    static Stream* const only = new Stream; // its thread may outlive what is destroyed at the end
     return *only;
 }
 
@@ -561,9 +561,9 @@ Line& line() {
 extern "C" {
 
 // Has a thread compute the batch after those before it. What it points at must stay until then, but for slots.
-void ops_start(const Model* model, const Batch* batch) { line().add(*model, *batch); }
+void ops_start(const Model* model, const Batch* batch) { stream().add(*model, *batch); }
 
 // Until so many batches of this process are done.
-void ops_wait(int64_t number) { line().wait(number); }
+void ops_wait(int64_t number) { stream().wait(number); }
 
 } // extern "C"

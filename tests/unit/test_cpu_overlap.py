@@ -1,4 +1,4 @@
-"""Which batches the scheduler puts into the line, what waits for it to be empty, and what it then finds."""
+"""Which batches the scheduler puts into the stream, what waits for it to be empty, and what it then finds."""
 
 import logging
 from types import SimpleNamespace
@@ -9,8 +9,10 @@ from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from searche1.rollout import cpu_overlap
+from megatron_ext import blas
+from searche1.rollout import cpu_overlap, engine_ops
 from searche1.rollout.cpu_overlap import Overlap, Pending, _empty_panels, fits, why_not
+from searche1.rollout.cpu_platform import CpuPlatform
 
 
 def batch(**changes):
@@ -58,7 +60,7 @@ def batch(**changes):
         {"return_logprob": False, "extend_logprob_start_lens": [0, 0], "multimodal_inputs": None},
     ],
 )
-def test_plain_requests_go_into_the_line(changes):
+def test_plain_requests_go_into_the_stream(changes):
     assert fits(batch(**changes))
 
 
@@ -92,7 +94,7 @@ def test_requests_that_want_more_do_not(changes):
     assert not fits(batch(**changes))
 
 
-class Line:
+class FakeModel:
     """In place of a DirectModel: writes down what happens."""
 
     def __init__(self, events):
@@ -105,8 +107,8 @@ class Line:
     def wait(self):
         self.events.append("wait")
 
-    def let_change(self):
-        self.events.append("let change")
+    def invalidate(self):
+        self.events.append("invalidate")
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def scheduler(monkeypatch):
     """A scheduler and its worker with Overlap's methods around theirs, and `events`."""
     events: list[object] = []
     monkeypatch.setattr(cpu_overlap, "why_not", lambda runner: runner.model)
-    monkeypatch.setattr(cpu_overlap, "DirectModel", lambda runner: Line(events))
+    monkeypatch.setattr(cpu_overlap, "DirectModel", lambda runner: FakeModel(events))
     overlap = Overlap()
 
     def generate(worker, given):
@@ -137,19 +139,19 @@ def scheduler(monkeypatch):
     return SimpleNamespace(events=events, **fields, **wrapped)
 
 
-def test_a_batch_that_does_not_fit_waits_for_the_line(scheduler):
+def test_a_batch_that_does_not_fit_waits_for_the_stream(scheduler):
     assert scheduler.run_batch(scheduler, batch()) == "pending"
     assert scheduler.run_batch(scheduler, batch(has_grammar=True)) == "done"
     assert scheduler.events == [("start", "newest"), "wait", "SGLang computes"]
 
 
-def test_only_what_is_for_tokens_leaves_the_line_alone(scheduler):
+def test_only_what_is_for_tokens_leaves_the_stream_alone(scheduler):
     scheduler.run_batch(scheduler, batch())
     del scheduler.events[:]
     scheduler.process_input_requests(scheduler, [])
     scheduler.process_input_requests(scheduler, [AbortReq()])
     scheduler.process_input_requests(scheduler, [AbortReq(), FlushCacheReqInput()])
-    assert scheduler.events == [("requests", 0), ("requests", 1), "let change", ("requests", 2)]
+    assert scheduler.events == [("requests", 0), ("requests", 1), "invalidate", ("requests", 2)]
 
 
 def test_a_model_that_cannot_go_into_it_and_another_schedule_are_left_to_sglang(scheduler, caplog):
@@ -195,3 +197,15 @@ def test_weights_are_kept_twice_if_they_are_small_and_one_thread_multiplies(thre
         monkeypatch.setattr(cpu_overlap, "MOST_PANELS", most)
         found = [{name: panels.numel() for name, panels in of_layer.items()} for of_layer in _empty_panels(layers)]
         assert found == [{"qkv": 64 * 20, "out": 32 * 8} if is_enough and threads == 1 else {}] * 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "openblas", "kernels", "is_off"),
+    [(1, "", object(), False), (2, "", object(), True), (1, "missing", object(), True), (1, "", "not built", True)],
+)
+def test_the_schedule_overlaps_where_there_is_something_to_overlap_with(tensor, openblas, kernels, is_off, monkeypatch):
+    monkeypatch.setattr(blas, "missing", lambda: openblas)
+    monkeypatch.setattr(engine_ops, "library", lambda: kernels)
+    server = SimpleNamespace(tp_size=tensor, disable_overlap_schedule=False)
+    CpuPlatform().apply_server_args_defaults(server)
+    assert server.disable_overlap_schedule is is_off

@@ -318,7 +318,7 @@ STARTED: list[ops.Batch] = []  # in this process
 
 @pytest.mark.skipif(bool(blas.missing()), reason=blas.missing())
 @pytest.mark.parametrize("is_greedy", [True, False])
-def test_batches_in_the_line_continue_what_those_before_them_drew(is_greedy):
+def test_batches_in_the_stream_continue_what_those_before_them_drew(is_greedy):
     torch.manual_seed(1)
     model = SmallModel()
     prompts = {3: [7, 1, 49, 12, 30], 0: [9], 4: [int(x) for x in torch.randint(50, (40,))]}

@@ -258,8 +258,8 @@ def computing_seconds(engine: Engine) -> float:
     workers = psutil.Process(engine._process.pid).children(recursive=True)
     (scheduler,) = (worker for worker in workers if "sglang::scheduler" in " ".join(worker.cmdline()))
     names = Path(f"/proc/{scheduler.pid}/task")
-    (line,) = (x for x in scheduler.threads() if (names / str(x.id) / "comm").read_text() == "searche1-line\n")
-    return line.user_time + line.system_time
+    (stream,) = (x for x in scheduler.threads() if (names / str(x.id) / "comm").read_text() == "searche1-stream\n")
+    return stream.user_time + stream.system_time
 
 
 class Deck:
