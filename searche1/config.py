@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from searche1.addresses import http_address
 from searche1.types import UserError
 
 SEARCH_R1_USER = (
@@ -377,6 +378,21 @@ MAY_BE_ZERO = {
 }
 
 
+# Shares and probabilities.
+AT_MOST_ONE = {
+    "engine.mem_fraction",
+    "rollout.top_p",
+    "rollout.max_errors",
+    "grpo.warmup_ratio",
+    "health.reward_drop",
+    "health.max_invalid_share",
+    "health.min_answered_share",
+    "health.max_truncated_share",
+    "health.max_error_share",
+    "health.max_same_reward_share",
+}
+
+
 def check_values(config: Config) -> None:
     """Raises UserError for a value out of range: found now, not hours into the stage that would stumble over it."""
     for key in config_keys():
@@ -389,6 +405,14 @@ def check_values(config: Config) -> None:
             is_finite = math.isfinite(value) or key == "opsd.kl_clip"  # an infinite clip is none
             if not is_finite or value < 0 or (value == 0 and key not in MAY_BE_ZERO):
                 raise UserError(f"{key} must be {lowest}, got {value!r}")
+            if key in AT_MOST_ONE and value > 1:
+                raise UserError(f"{key} must be at most 1, got {value!r}")
+    if not all(0 <= beta < 1 for beta in config.grpo.adam_betas):
+        raise UserError(f"grpo.adam_betas must be 0 or more and less than 1, got {list(config.grpo.adam_betas)}")
+    for url in config.engine.urls:
+        http_address(url, setting="an address of engine.urls", example="http://127.0.0.1:30000")
+    if config.retriever.url:
+        http_address(config.retriever.url, setting="retriever.url", example="http://127.0.0.1:8000/retrieve")
 
 
 def _explain(error: Exception, source: str) -> str:

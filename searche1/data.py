@@ -80,6 +80,8 @@ def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:
                 raise UserError(
                     f"{place}: not valid JSON at column {error.colno} ({error.msg}); every line must be one JSON object"
                 ) from error
+            except ValueError as error:  # a number of thousands of digits
+                raise UserError(f"{place}: not readable JSON ({error}); every line must be one JSON object") from error
             if not isinstance(row, dict):
                 raise UserError(f"{place}: expected a JSON object, got {type(row).__name__}")
             missing = [key for key in JSONL_KEYS if key not in row]
@@ -108,7 +110,7 @@ def _parquet_questions(path: Path) -> Iterator[tuple[str, Question]]:
                 f"{', '.join(PARQUET_COLUMNS)} and this one has {', '.join(columns)}"
             )
         rows = pyarrow.parquet.read_table(path, columns=list(PARQUET_COLUMNS)).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:  # the second is Arrow's too, of a damaged page
         raise UserError(f"{path} is not a readable parquet file: {error}; download or write it again") from error
     for number, row in enumerate(rows):
         place = f"{path}, row {number}"

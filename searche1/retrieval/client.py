@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from searche1.addresses import http_address
 from searche1.retrieval.batching import Batcher, LRUCache
 from searche1.retrieval.breaker import Breaker
 from searche1.retrieval.retry import FIRST_PAUSE_S, RETRIED_STATUSES, pause_s
@@ -93,15 +93,13 @@ class RetrieverClient:
         backoff_s: float = FIRST_PAUSE_S,
     ) -> None:
         """`backoff_s` is the first pause. Raises UserError for an address or numbers that cannot work."""
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.netloc:
-            raise UserError(f"retriever url is {url!r}; give an address such as http://127.0.0.1:8000/retrieve")
+        url = http_address(url, setting="retriever.url", example="http://127.0.0.1:8000/retrieve")
         if topk < 1 or retries < 1 or timeout_s <= 0 or deadline_s <= 0:
             raise UserError(
                 f"retriever topk is {topk}, retries {retries}, timeout_s {timeout_s:g} and deadline_s {deadline_s:g}; "
                 "the first two must be at least 1, the others more than 0"
             )
-        self._url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        self._url = url.removesuffix("/retrieve").rstrip("/") + "/retrieve"
         self._topk = topk
         self._timeout_s = timeout_s
         self._retries = retries
@@ -201,7 +199,7 @@ class RetrieverClient:
         try:
             async with session.post(self._url, json=request) as response:
                 status, body = response.status, await response.text(errors="replace")
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise _Fault(str(error) or f"no answer within {self._timeout_s:g} s") from error
         if status == 200:
             return parse_answer(body, num_queries=len(queries), topk=self._topk)

@@ -7,12 +7,12 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from searche1.addresses import http_address
 from searche1.retrieval.backend import Answer, SearchFault
 from searche1.retrieval.client import Passage
 from searche1.retrieval.retry import RETRIED_STATUSES, pause_s
@@ -37,10 +37,8 @@ class WebSettings:
 
 async def open_web(settings: WebSettings) -> WebSearch:
     """A `Backend` over SearxNG, which has answered once. Raises UserError."""
-    address = urlsplit(settings.url)
-    if address.scheme not in ("http", "https") or not address.netloc:
-        raise UserError(f"the address of SearxNG is {settings.url!r}; give one such as http://127.0.0.1:8080")
-    web = WebSearch(settings)
+    url = http_address(settings.url, setting="the address of SearxNG", example="http://127.0.0.1:8080")
+    web = WebSearch(replace(settings, url=url))
     (answer,) = await web.search([TEST_QUERY], topk=1)
     if isinstance(answer, SearchFault):
         await web.close()
@@ -54,7 +52,7 @@ class WebSearch:
     def __init__(self, settings: WebSettings) -> None:
         self.description = f"web search through {settings.url}"
         self._settings = settings
-        self._url = settings.url.rstrip("/").removesuffix("/search") + "/search"
+        self._url = settings.url.removesuffix("/search").rstrip("/") + "/search"
         self._slots = asyncio.Semaphore(settings.max_concurrent)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=settings.timeout_s))
 
@@ -92,7 +90,7 @@ class WebSearch:
                     raise _refusal(self._url, response.status, body)
                 fault = f"HTTP status {response.status}"
                 retry_after = response.headers.get("Retry-After")
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 fault = str(error) or f"no answer within {self._settings.timeout_s:g} s"
             if attempt < self._settings.tries:
                 await asyncio.sleep(pause_s(attempt, retry_after=retry_after))

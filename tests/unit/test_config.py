@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from searche1.config import CHOICES, MAY_BE_ZERO, Config, check_values, config_keys, describe, load_config
+from searche1.config import AT_MOST_ONE, CHOICES, MAY_BE_ZERO, Config, check_values, config_keys, describe, load_config
 from searche1.types import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -100,6 +100,24 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(override, ne
         load_config(overrides=[override])
 
 
+@pytest.mark.parametrize("override", ["rollout.top_p=1.5", "engine.mem_fraction=2", "health.max_error_share=1.01"])
+def test_a_share_is_at_most_one(override):
+    with pytest.raises(UserError, match=rf"^{override.partition('=')[0]} must be at most 1, got "):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize("betas", ["[0.9,1.5]", "[1.0,0.9]", "[-0.1,0.9]"])
+def test_averages_of_adam_forget(betas):
+    with pytest.raises(UserError, match=r"^grpo\.adam_betas must be 0 or more and less than 1, got "):
+        load_config(overrides=[f"grpo.adam_betas={betas}"])
+
+
+@pytest.mark.parametrize("override", ["engine.urls=[http://h:80,h:81]", "retriever.url=http://h:99999"])
+def test_an_address_is_checked_before_anything_starts(override):
+    with pytest.raises(UserError, match=r"give (one|an address) such as http://"):
+        load_config(overrides=[override])
+
+
 def test_a_value_out_of_range_in_a_file_is_refused_too(tmp_path):
     with pytest.raises(UserError, match=r"^opsd\.epochs must be more than 0, got 0"):
         load_config(write(tmp_path, "opsd: {epochs: 0}\n"))
@@ -112,7 +130,7 @@ def test_zero_is_taken_where_it_means_none():
 
 def test_the_defaults_are_in_range_and_every_rule_is_about_a_setting_that_exists():
     check_values(Config())
-    assert set(CHOICES) | MAY_BE_ZERO <= set(config_keys())
+    assert set(CHOICES) | MAY_BE_ZERO | AT_MOST_ONE <= set(config_keys())
 
 
 def test_a_value_in_place_of_a_section_is_refused():

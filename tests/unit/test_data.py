@@ -85,6 +85,12 @@ def test_broken_json_is_refused_with_line_and_column(tmp_path):
         load_questions(path)
 
 
+def test_a_number_too_long_to_read_is_refused_with_its_line(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"id": ' + 5000 * "7" + "}\n")
+    with pytest.raises(UserError, match=r"q\.jsonl, line 1: not readable JSON"):
+        load_questions(tmp_path / "q.jsonl")
+
+
 def test_a_missing_an_empty_and_a_foreign_file_are_each_refused_with_a_way_out(tmp_path):
     with pytest.raises(UserError, match=r"not found.*give an existing"):
         load_questions(tmp_path / "absent.jsonl")
@@ -126,6 +132,12 @@ def test_a_parquet_file_without_a_needed_column_or_value_is_refused(tmp_path):
     (tmp_path / "d.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="not a readable parquet file"):
         load_questions(tmp_path / "d.parquet")
+    damaged = parquet(tmp_path / "e.parquet", *(search_r1_row(k) for k in range(500)))
+    content = bytearray(damaged.read_bytes())
+    content[40:400] = bytes(360)  # of the first column's values
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        load_questions(damaged)
 
 
 QUESTIONS = [Question(str(i), "q?", ("a",), "nq") for i in range(10)]

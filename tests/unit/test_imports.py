@@ -41,7 +41,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
         "timeline",
         "health",
     },
-    {"config", "benchmarks", "console", "stopping", "ports"},
+    {"config", "benchmarks", "console", "stopping", "ports", "addresses"},
     {"types"},
 )
 STRANGERS = ({"grpo", "opsd"}, {"policy", "rollout"})  # same layer, yet neither knows the other

@@ -146,6 +146,24 @@ def test_a_server_that_is_not_there_raises_after_its_tries():
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 2x0 OK\r\n\r\n", b""])
+def test_what_does_not_speak_http_is_a_fault_that_may_pass(answer):
+    async def speak(reader, writer):
+        await reader.readline()
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async def story():
+        async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with make_client(f"http://127.0.0.1:{port}") as client:
+                with pytest.raises(RetrieverError, match="failed 3 times, at last with"):
+                    await client.search("a")
+
+    asyncio.run(story())
+
+
 def test_a_time_out_is_retried_and_then_raised():
     async def story():
         async with serving(echo, delay_s=0.5) as (url, bodies):
@@ -237,9 +255,22 @@ def test_a_batch_is_never_larger_than_its_limit_and_loses_nobody():
     assert sizes == [4, 4, 3]
 
 
-@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"url": ""}, {"topk": 0}, {"retries": 0}])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "", "http://:8000", "http://h:80a0", "http://h:99999", "http://[::1"]
+)
+def test_an_address_that_cannot_work_is_refused_with_one_that_can(url):
+    with pytest.raises(UserError, match=r"retriever\.url is .*127\.0\.0\.1:8000/retrieve"):
+        make_client(url)
+
+
+@pytest.mark.parametrize("url", ["http://h:80", "http://h:80/", "http://h:80/retrieve", "http://h:80/retrieve/"])
+def test_an_address_may_end_as_people_write_it(url):
+    assert make_client(url)._url == "http://h:80/retrieve"
+
+
+@pytest.mark.parametrize("changes", [{"topk": 0}, {"retries": 0}])
 def test_settings_that_cannot_work_are_refused(changes):
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="must be at least 1"):
         make_client(**{"url": "http://127.0.0.1:8000", **changes})
 
 
