@@ -22,7 +22,7 @@ from searche1.prompts import Tokenizer, encode_prompt, student_prompt
 from searche1.retrieval.client import RetrieverClient, RetrieverError
 from searche1.rewards import em_reward
 from searche1.rollout import protocol
-from searche1.rollout.engine import Engine, EngineError, EngineLost, http_session
+from searche1.rollout.engine import Engine, EngineError, http_session
 from searche1.rollout.sampler import turn_seed
 from searche1.tags import STOP_STRINGS, parse_action
 from searche1.types import Completion, Question, Span, Trajectory, UserError
@@ -39,7 +39,7 @@ class Writer(Protocol):
     """Whoever writes the policy's turns."""
 
     def write(self, context_ids: Sequence[int], *, max_new_tokens: int, seed: int) -> Completion:
-        """Raises EngineError or EngineLost if it cannot."""
+        """Raises EngineError if it cannot."""
         ...
 
 
@@ -165,7 +165,7 @@ class Game:
                             state, completion, rollout=rollout, prompt=prompt, tokenizer=tokenizer
                         )
                         self._show(state.spans[before:])
-        except (EngineError, EngineLost, RetrieverError) as error:
+        except (EngineError, RetrieverError) as error:
             self._console.print(f"this question ends here: {error}", style="red", markup=False)
             return protocol.fail(state, str(error))
 
@@ -205,7 +205,7 @@ def run_play(
 
     Raises UserError.
     """
-    config = replace(config, eval=replace(config.eval, method="search"))
+    config = replace(config, eval=replace(config.eval, method="search"), engine=replace(config.engine, count=1))
     questions = load_questions(config.data.test) if config.data.test else []
     model_path = resolve_model(config.model.path)
     tokenizer = load_tokenizer(model_path, config.prompt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from searche1.benchmarks import BENCHMARKS
 
@@ -40,11 +39,6 @@ def published_rows() -> list[PublishedRow]:
             )
             for row in csv.DictReader(file)
         ]
-
-
-def average_gap(row: PublishedRow) -> float | None:
-    """Published average minus the mean of the row's seven EMs; None where it publishes none."""
-    return None if row.average is None else row.average - fmean(row.em.values())
 
 
 def doubt(em: float, num_questions: int) -> str | None:

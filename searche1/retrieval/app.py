@@ -14,7 +14,7 @@ import orjson
 from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 
-from searche1.retrieval.backend import Answer, Backend, SearchFault
+from searche1.retrieval.backend import Backend, SearchFault
 from searche1.retrieval.batching import Batcher, LRUCache
 from searche1.retrieval.client import Passage
 from searche1.retrieval.monitor import Monitor
@@ -59,9 +59,13 @@ def create_app(backend: Backend, limits: Limits, *, monitor: Monitor, pools: Seq
     async def compute(keys: list[Key]) -> list[Found | Exception]:
         monitor.batch_size.observe(len(keys))
         started = time.perf_counter()
-        answers = await backend.search([query for query, _ in keys], topk=max(k for _, k in keys))
+        found: dict[Key, Found | Exception] = {}
+        for topk in sorted({k for _, k in keys}):  # how many are asked for may decide which, with a reranker
+            queries = [query for query, k in keys if k == topk]
+            answers = await backend.search(queries, topk=topk)
+            found |= {(query, topk): answer for query, answer in zip(queries, answers, strict=True)}
         speed.add(len(keys), time.perf_counter() - started)
-        return [_cut(answer, k) for answer, (_, k) in zip(answers, keys, strict=True)]
+        return [found[key] for key in keys]
 
     batcher = Batcher(
         compute,
@@ -162,10 +166,6 @@ def _parse(body: bytes) -> QueryRequest:
     if longest > MAX_QUERY_CHARS:
         raise HTTPException(413, f"a query has {longest} characters; send at most {MAX_QUERY_CHARS}")
     return asked
-
-
-def _cut(answer: Answer, topk: int) -> Found | SearchFault:
-    return answer if isinstance(answer, SearchFault) else answer[:topk]
 
 
 def _later(reason: str, seconds: int) -> HTTPException:

@@ -4,7 +4,7 @@ from statistics import fmean
 import pytest
 
 from searche1.benchmarks import BENCHMARKS
-from searche1.evaluation.published import average_gap, doubt, doubts, published_rows
+from searche1.evaluation.published import doubt, doubts, published_rows
 from searche1.evaluation.scores import Score
 from searche1.evaluation.summary import summarize
 
@@ -25,7 +25,7 @@ def scores_with(em, source, num_questions):
 @pytest.mark.parametrize("row", [row for row in ROWS if row.average is not None], ids=name)
 def test_every_published_average_is_the_unweighted_mean_of_its_seven(row):
     assert len(row.em) == 7
-    assert abs(average_gap(row)) <= 0.001
+    assert abs(row.average - fmean(row.em.values())) <= 0.001
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.method == "Search-E1-Instruct"], ids=name)

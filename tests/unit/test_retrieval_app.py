@@ -152,9 +152,10 @@ def test_health_answers_during_a_search_and_waiting_requests_share_the_next_batc
                 return [[p.id for p in answer] for answer in [await first, *await asyncio.gather(*rest)]]
 
         assert asyncio.run(story()) == [["a0"], ["b0"], ["b0", "b1"], ["c0", "c1"]]
-        assert shelf.batches == [(["a"], 1), (["b", "b", "c"], 2)]
+        # One batch, whose parts a backend sees as they were asked: a reranker's candidates are `topk` at least.
+        assert shelf.batches == [(["a"], 1), (["b"], 1), (["b", "c"], 2)]
         post(address, {"queries": ["c"], "topk": 2})
-        assert len(shelf.batches) == 2  # remembered
+        assert len(shelf.batches) == 3  # remembered
 
 
 def test_a_full_queue_turns_away_and_says_when_to_come_again():
