@@ -170,6 +170,15 @@ class Engines:
 
         self._ranks.from_writer(load)
 
+    def end(self) -> None:
+        """Ends those that were started here, for good."""
+
+        def stop() -> None:
+            for engine in self._led.values():
+                engine.stop()
+
+        self._ranks.everywhere(stop)
+
     # -- faults -----------------------------------------------------------------------------------
 
     def find_hanging(self) -> None:

@@ -112,9 +112,14 @@ class Watch:
         self.rows: list[Values] = []
 
     def start(self, rows: Sequence[Values]) -> None:
-        """Go on behind these rows of the stage: after a restart, or after a step back."""
+        """Go on behind these rows of the stage: after a restart, or after a step back.
+
+        A collapse is acted on again where `on_collapse` says how: it may say so only since the restart.
+        """
         self.rows = list(rows)
         self._before = {alarm.name for alarm in find_alarms(self.rows, self._settings)}
+        if self._settings.on_collapse in ("end_round", "roll_back"):
+            self._before.discard(COLLAPSE)
 
     def step(self, step: int, values: Values) -> str:
         """Take a step's values; returns what is to be done: "", or what `on_collapse` or `on_alarm` says."""

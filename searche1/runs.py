@@ -206,7 +206,7 @@ def open_run(out: str | Path, config: Config) -> Run:
         _refuse_other_settings(config_path, config)
     atomic_write_text(config_path, config_to_yaml(config))
     provenance_path = directory / "provenance.json"
-    starts = json.loads(provenance_path.read_text())["starts"] if provenance_path.exists() else []
+    starts = read_json(provenance_path)["starts"] if provenance_path.exists() else []
     atomic_write_json(provenance_path, {"starts": [*starts, provenance(seed=config.run.seed)]})
     return Run(directory)
 
@@ -365,7 +365,7 @@ def write_manifest(
 
 
 def read_manifest(stage_dir: Path) -> dict[str, Any]:
-    return json.loads((stage_dir / "manifest.json").read_text(encoding="utf-8"))
+    return read_json(stage_dir / "manifest.json")
 
 
 def is_complete(stage_dir: Path) -> bool:
@@ -407,6 +407,20 @@ def file_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def keep_inputs(directory: Path, inputs: Mapping[str, Path]) -> None:
+    """Remember a run's files and folders by size and checksum. Raises UserError if those of an earlier call differ."""
+    path = directory / "inputs.json"
+    earlier = read_json(path) if path.exists() else {}
+    found = {name: file_records(file) for name, file in inputs.items()}
+    for name, file in inputs.items():
+        if earlier.get(name, found[name]) != found[name]:
+            raise UserError(
+                f"{file} has changed since {directory} began, so what is there and what would come now do not belong "
+                "together; restore it, or give another --out"
+            )
+    atomic_write_json(path, {**earlier, **found})
+
+
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -417,7 +431,7 @@ def read_summary(directory: Path) -> Summary:
     path = directory / "summary.json"
     if not path.exists():
         return Summary(stages=(), final_model=None)
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(path)
     return Summary(stages=tuple(_stage_row(row) for row in summary["stages"]), final_model=summary["final_model"])
 
 

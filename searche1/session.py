@@ -45,7 +45,7 @@ from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
-from searche1.runs import Run, only_run_in, open_run, share_of_cores
+from searche1.runs import Run, keep_inputs, only_run_in, open_run, share_of_cores
 from searche1.screen import Screen
 from searche1.stopping import StopRequest, end_on_interrupt
 from searche1.timeline import Timeline
@@ -129,7 +129,7 @@ class Session:
             self.config = config = self._fitted(config)
         # Before the run directory holds these settings, which it would then insist on.
         self.from_writer(lambda: check_before_start(config, self.model_path, self.layout, needs))
-        self.run: Run = self.from_writer(lambda: self._open_run(settings, stack))
+        self.run: Run = self.from_writer(lambda: self._open_run(settings, stack, needs))
         self.metrics: MetricsLog | None = None  # on rank 0
         self.timeline = Timeline(self.run.directory, rank=self.ranks.rank)
         self.screen = Screen(self.console, self.run.directory)
@@ -180,9 +180,11 @@ class Session:
         self.tell(f"chosen: train.recompute={config.train.recompute} train.max_tokens={config.train.max_tokens}")
         return config
 
-    def _open_run(self, settings: Config, stack: contextlib.ExitStack) -> Run:
+    def _open_run(self, settings: Config, stack: contextlib.ExitStack, needs: Sequence[str]) -> Run:
         stack.enter_context(only_run_in(Path(settings.run.out)))
-        return open_run(settings.run.out, settings)
+        run = open_run(settings.run.out, settings)
+        keep_inputs(run.directory, {f"data.{name}": Path(getattr(settings.data, name)) for name in needs})
+        return run
 
     def _tracker(self) -> Tracker | None:
         project, directory = self.config.run.wandb, self.run.directory
@@ -233,9 +235,16 @@ class Session:
     def to_trainer(self, policy: Policy) -> None:
         """The GPUs belong to the policy until the next sync. Collective."""
         colocation = self.engines.colocation
-        if colocation.phase is Phase.ROLLOUT:
-            self.engines.mend(policy)  # one that does not answer would not give its memory either
+        # One that does not answer would not give its memory either, and one that is started anew needs all weights.
+        if colocation.phase is Phase.ROLLOUT and self.engines.mend(policy):
+            self._synced = None
         colocation.to(Phase.TRAIN, policy)
+
+    def end_rollouts(self, policy: Policy) -> None:
+        """The same for a run that stops: its engines, well or not, end instead of giving way. Collective."""
+        self._synced = None
+        self.engines.end()
+        self.engines.colocation.to(Phase.TRAIN, policy)
 
     def sync(self, policy: Policy, *, stage: str) -> None:
         """Put the policy's merged weights into every engine and prove it; the GPUs are the engines' then. Collective.
@@ -249,7 +258,7 @@ class Session:
             try:
                 self._sync(policy, stage=stage)
                 break
-            except UserError:
+            except SharedError:  # what a single rank has met, the others do not wait for
                 self.engines.find_hanging()
                 if attempt == MAX_RESTARTS or not self.engines.broken():
                     raise
@@ -366,17 +375,21 @@ class Session:
             assert work is not None
             sampler, rollouts = work
             show = self.screen.status if self.screen.is_on else None
-            journal = contextlib.nullcontext() if unfinished is None else kept_in(unfinished, rollouts)
-            with journal, progress_line(self.console, title, self.ranks.beat, show=show) as tell_progress:
+            keeping = contextlib.nullcontext() if unfinished is None else kept_in(unfinished, rollouts)
+            with keeping as journal, progress_line(self.console, title, self.ranks.beat, show=show) as progress:
 
-                def progress(done: int, total: int, mean_reward: float) -> None:
-                    tell_progress(done, total, mean_reward)
+                def tick() -> None:
+                    if journal is not None:
+                        journal.poll()
                     if self._stop.is_made:
                         raise Stopped(f"stopped during {title}; the same command continues from there")
 
                 try:
-                    return sampler.sample(rollouts, temperature=temperature, seed=seed, progress=progress)
-                except NoEngineLeft as error:
+                    return sampler.sample(rollouts, temperature=temperature, seed=seed, progress=progress, tick=tick)
+                except (NoEngineLeft, UserError) as error:
+                    tick()  # who asks us to stop may have asked engines and retriever too
+                    if isinstance(error, UserError):
+                        raise
                     attempts.append(str(error))
                     if len(attempts) > MAX_RESTARTS:
                         raise UserError(
@@ -430,11 +443,16 @@ class Session:
 
 
 @contextlib.contextmanager
-def kept_in(path: Path, rollouts: Rollouts) -> Iterator[None]:
+def kept_in(path: Path, rollouts: Rollouts) -> Iterator[Journal]:
     """Rollouts that begin with what `path` holds and add to it as they finish. What failed is tried again."""
     places = {start.question.key: i for i, start in enumerate(rollouts.starts)}
     with Journal(path) as journal:
         for entry in read_journal(path):
+            if entry.question.key not in places:
+                raise UserError(
+                    f"{path} holds a trajectory of {entry.question.key}, which is not asked here now; restore the "
+                    "questions that this run began with, or delete the file to sample anew"
+                )
             place = (places[entry.question.key], entry.sample)
             if entry.trajectory.status != "error" and place not in rollouts.rewards:
                 rollouts.finish(place, entry.trajectory)
@@ -444,7 +462,7 @@ def kept_in(path: Path, rollouts: Rollouts) -> Iterator[None]:
 
         rollouts.note = note
         try:
-            yield
+            yield journal
         finally:
             rollouts.note = None
 

@@ -40,7 +40,7 @@ from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.places import engine_places
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start, run_all
 from searche1.rollout.servers import engine_key, make_retriever_client, start_engine_at, start_retriever
-from searche1.runs import atomic_write_json, file_records, only_run_in, open_run, read_json
+from searche1.runs import keep_inputs, only_run_in, open_run
 from searche1.types import Question, Trajectory, UserError
 
 MAX_RESTARTS = 3  # of engines: a fault that comes back is not mended by another start
@@ -113,7 +113,7 @@ def run_eval(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run_in(directory))
         run = open_run(directory, config)
-        keep_inputs(directory / "inputs.json", exam)
+        keep_inputs(directory, {"model": exam.model_path, "data": Path(config.data.test)})
         scores = finished_scores(exam, directory / ANSWERS_FILE)
         total = len(exam.questions) * exam.samples
         if scores:
@@ -175,21 +175,6 @@ def choose_questions(questions: Sequence[Question], sources: Sequence[str], *, l
             taken[question.source] += 1
             chosen.append(question)
     return chosen
-
-
-def keep_inputs(path: Path, exam: Exam) -> None:
-    """Remember model and question files by size and checksum. Raises UserError if those of an earlier call differ."""
-    inputs = {"model": file_records(exam.model_path), "data": file_records(Path(exam.config.data.test))}
-    if not path.exists():
-        atomic_write_json(path, inputs)
-        return
-    earlier = read_json(path)
-    for name, where in (("model", exam.config.model.path), ("data", exam.config.data.test)):
-        if earlier[name] != inputs[name]:
-            raise UserError(
-                f"{where} has changed since this evaluation began in {path.parent}, so its trajectories would not "
-                "belong together; restore it, or give another --out"
-            )
 
 
 def finished_scores(exam: Exam, path: Path) -> dict[tuple[str, int], Score]:
@@ -269,6 +254,7 @@ def wait_for_engines(engines: Sequence[Engine], exam: Exam) -> None:
     for engine in engines:
         engine.wait_until_ready(timeout_s=10.0 if settings.urls else settings.start_timeout_s)
         if settings.urls:
+            engine.check_key()
             engine.load_folder(exam.model_path.resolve(), version="eval")
 
 
@@ -325,7 +311,11 @@ def sample_rest(
             try:
                 with progress_line(console, exam.config.eval.method) as progress:
                     sampler.run(
-                        rollouts, temperature=settings.temperature, seed=exam.config.run.seed, progress=progress
+                        rollouts,
+                        temperature=settings.temperature,
+                        seed=exam.config.run.seed,
+                        progress=progress,
+                        tick=answers.poll,
                     )
                 return
             except NoEngineLeft as error:
@@ -377,5 +367,6 @@ def make_starts(exam: Exam, servers: ExamServers, rollouts: Rollouts, console: C
     rollouts.starts = starts
     for i, error in faults.items():
         for k in range(exam.samples):
-            rollouts.finish((i, k), protocol.fail(protocol.start((), rollout=exam.rollout), error))
+            if (i, k) not in rollouts.rewards:
+                rollouts.finish((i, k), protocol.fail(protocol.start((), rollout=exam.rollout), error))
     return starts

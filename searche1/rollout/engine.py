@@ -83,7 +83,7 @@ class Engine:
 
         `ports` are held for it until `stop`.
         """
-        self.url = url
+        self.url = url.rstrip("/")
         self.key = key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.log_path = log_path
@@ -131,9 +131,13 @@ class Engine:
                 next_report_s += PROGRESS_EVERY_S
             time.sleep(0.1)
         self.stop()
+        way_out = (
+            "raise engine.start_timeout_s if it was still loading"
+            if self._launch
+            else "start it, or correct engine.urls, and run the same command again"
+        )
         raise EngineError(
-            f"the engine was not ready within {timeout_s:g} s; raise engine.start_timeout_s if it was still loading\n"
-            f"{self._last_words()}"
+            f"the engine at {self.url} was not ready within {timeout_s:g} s; {way_out}\n{self._last_words()}"
         )
 
     def check_key(self) -> None:
@@ -264,9 +268,14 @@ class Engine:
         return self._process is not None and self._process.poll() is not None
 
     def answers(self) -> bool:
-        """Whether the server says that it is well, soon."""
+        """Whether the scheduler behind the server says anything, soon.
+
+        What it is asked must not need weights or cache: while they sleep, a forward pass would be its end, and SGLang's
+        own /health_generate makes one.
+        """
         try:
-            return self._http.get(f"{self.url}/health_generate", timeout=HEALTH_TIMEOUT_S).status_code == 200
+            answer = self._http.post(f"{self.url}/flush_cache", timeout=HEALTH_TIMEOUT_S)
+            return answer.status_code in (200, 400)  # the second while requests are under way
         except requests.RequestException:
             return False
 

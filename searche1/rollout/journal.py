@@ -19,7 +19,7 @@ from types import TracebackType
 from searche1.types import Question, Trajectory, UserError, question_from_json, trajectory_from_json
 
 MEMBER_TRAJECTORIES = 64
-MEMBER_AGE_S = 10.0  # no finished trajectory stays in memory alone for longer, while others finish
+MEMBER_AGE_S = 10.0  # no finished trajectory stays in memory alone for longer, if somebody polls
 READ_BYTES = 1 << 20
 
 
@@ -47,7 +47,13 @@ class Journal:
     def add(self, entry: Entry) -> None:
         """Takes a finished trajectory. Raises UserError when the disk does not."""
         self._waiting.append((json.dumps(entry, default=vars) + "\n").encode())
-        if len(self._waiting) >= MEMBER_TRAJECTORIES or self._clock() - self._written_at >= MEMBER_AGE_S:
+        if len(self._waiting) >= MEMBER_TRAJECTORIES:
+            self.flush()
+        self.poll()
+
+    def poll(self) -> None:
+        """Writes what has been waiting for long."""
+        if self._clock() - self._written_at >= MEMBER_AGE_S:
             self.flush()
 
     def flush(self) -> None:

@@ -21,6 +21,8 @@ from searche1.rollout.fleet import Fleet
 from searche1.tags import STOP_STRINGS
 from searche1.types import Completion, Group, Question, Span, Trajectory, UserError
 
+TICK_S = 1.0
+
 T = TypeVar("T")
 Place = tuple[int, int]  # number of the start, number of the sample of it
 Progress = Callable[[int, int, float], None]  # trajectories done, in all, mean reward of those done
@@ -68,6 +70,7 @@ class Rollouts:
     take: Take | None = None  # gets what is done, which is not kept here then: it may be more than memory holds
     note: Take | None = None  # is told of what is done, which stays here
     rewards: dict[Place, float | None] = field(default_factory=dict)  # of those done; None where a fault ended it
+    faults: dict[Place, str] = field(default_factory=dict)  # which it was
     trajectories: dict[Place, Trajectory] = field(default_factory=dict)
     states: dict[Place, protocol.State] = field(default_factory=dict)
 
@@ -82,6 +85,8 @@ class Rollouts:
         else:
             self.trajectories[place] = trajectory
         self.rewards[place] = reward
+        if is_fault:
+            self.faults[place] = trajectory.error
         self.states.pop(place, None)
         return reward
 
@@ -133,8 +138,9 @@ class Sampler:
         temperature: float,
         seed: int,
         progress: Progress | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> list[Group]:
-        """One group a start, in order, with EM rewards; temperature 0 is greedy.
+        """One group a start, in order, with EM rewards; temperature 0 is greedy. `tick` is called every second.
 
         A fault of an engine or the retriever makes its trajectory's status "error": it stays in the group for the
         caller to leave out. Raises UserError when more than `rollout.max_errors` of all are such. An engine that stops
@@ -142,20 +148,29 @@ class Sampler:
         `rollouts` may go on with new engines. The same seed gives the same draws to the same question, sample and
         turn; starts of one question share them.
         """
-        self.run(rollouts, temperature=temperature, seed=seed, progress=progress)
+        self.run(rollouts, temperature=temperature, seed=seed, progress=progress, tick=tick)
         return rollouts.groups()
 
-    def run(self, rollouts: Rollouts, *, temperature: float, seed: int, progress: Progress | None = None) -> None:
+    def run(
+        self,
+        rollouts: Rollouts,
+        *,
+        temperature: float,
+        seed: int,
+        progress: Progress | None = None,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
         """As `sample`, for rollouts that hand on their trajectories."""
         assert rollouts.samples > 0
-        asyncio.run(self._sample(rollouts, temperature, seed, progress))
+        work = self._sample(rollouts, temperature, seed, progress)
+        asyncio.run(work if tick is None else ticking(work, tick))
 
     async def _sample(self, rollouts: Rollouts, temperature: float, seed: int, progress: Progress | None) -> None:
         tally = _Tally(
             total=len(rollouts.starts) * rollouts.samples, max_errors=self.rollout.max_errors, progress=progress
         )
-        for reward in rollouts.rewards.values():
-            tally.count(reward, "(of an earlier try)")
+        for place, reward in rollouts.rewards.items():
+            tally.count(reward, rollouts.faults.get(place, ""))
         async with http_session() as session:
 
             async def roll_out(place: Place) -> None:
@@ -250,6 +265,19 @@ async def run_all(work: Callable[[T], Awaitable[None]], items: Iterator[T], *, a
         for task in workers:
             task.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def ticking(work: Awaitable[None], tick: Callable[[], None]) -> None:
+    """Waits for `work`, and calls `tick` every second meanwhile; what that raises ends the work."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            tick()
+            await asyncio.wait({task}, timeout=TICK_S)
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def turn_seed(seed: int, question: Question, sample: int, turn: int) -> int:

@@ -75,3 +75,27 @@ def test_what_is_no_completion_has_a_connection_of_its_own(connections):
 
     asyncio.run(run())
     assert connections == [1, 1]
+
+
+@pytest.mark.parametrize(("status", "is_well"), [(200, True), (400, True), (500, False), (None, False)])
+def test_an_engine_is_asked_how_it_is_without_a_forward_pass(monkeypatch, status, is_well):
+    """While weights or cache sleep, one would be its end. None is a server that hangs."""
+    monkeypatch.setattr(engine_module, "HEALTH_TIMEOUT_S", 0.3)
+    asked = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).split()[:2])
+        if status is not None:
+            writer.write(b"HTTP/1.1 %d X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n" % status)
+            await writer.drain()
+        else:
+            await reader.read()  # until the client has had enough
+        writer.close()
+
+    async def run() -> bool:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            engine = Engine(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return await asyncio.to_thread(engine.answers)
+
+    assert asyncio.run(run()) is is_well
+    assert asked == [[b"POST", b"/flush_cache"]]

@@ -5,7 +5,7 @@ import pytest
 
 from searche1.cli import main
 from searche1.config import load_config
-from searche1.evaluation.run import choose_questions, default_out, keep_inputs, prepare
+from searche1.evaluation.run import choose_questions, default_out, prepare
 from searche1.retrieval.client import Passage
 from searche1.types import Question, UserError
 
@@ -42,16 +42,6 @@ def test_results_that_nobody_named_a_folder_for_are_named_after_model_and_method
     )
     hub = load_config(None, ["model.path=Qwen/Qwen2.5-3B-Instruct", "eval.method=rag"])
     assert default_out(hub) == "runs/eval/Qwen2.5-3B-Instruct-rag"
-
-
-def test_a_changed_question_file_does_not_continue_an_evaluation(tmp_path):
-    data = question_file(tmp_path / "test.jsonl")
-    config = load_config(None, [f"model.path={POLICY}", f"data.test={data}"])
-    keep_inputs(tmp_path / "inputs.json", prepare(config))
-    keep_inputs(tmp_path / "inputs.json", prepare(config))
-    question_file(data, number=3)
-    with pytest.raises(UserError, match="has changed since this evaluation began"):
-        keep_inputs(tmp_path / "inputs.json", prepare(config))
 
 
 def test_greedy_decoding_asks_each_question_once(tmp_path):

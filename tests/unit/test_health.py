@@ -114,6 +114,14 @@ def test_a_watch_that_goes_on_does_not_repeat_what_was_told_before_the_restart(t
     assert [watch.step(step, rows(1, kl=9.0)[0]) for step in (11, 12)] == ["stop", ""]
 
 
+@pytest.mark.parametrize(("on_collapse", "actions"), [("end_round", ["end_round", ""]), ("warn", ["", ""])])
+def test_a_collapse_that_stopped_the_run_is_acted_on_with_other_settings(tmp_path: Path, on_collapse, actions):
+    settings = dataclasses.replace(SETTINGS, on_collapse=on_collapse)
+    watch = Watch(tmp_path / "health.jsonl", "grpo", settings, lambda said: None)
+    watch.start(rows(10, em=0.6) + rows(10, em=0.0))
+    assert [watch.step(step, rows(1, em=0.0)[0]) for step in (21, 22)] == actions
+
+
 def test_roll_backs_are_counted_for_their_stage_alone(tmp_path: Path):
     watch = Watch(tmp_path / "health.jsonl", "cycle1/grpo", SETTINGS, print)
     assert watch.num_roll_backs() == 0

@@ -53,6 +53,15 @@ def test_a_whole_file_loses_nothing(tmp_path):
     assert drop_cut_member(path) == 0 and path.stat().st_size == size
 
 
+def test_what_has_waited_long_is_written_when_somebody_polls(tmp_path):
+    now = [0.0]
+    with Journal(tmp_path / "journal.jsonl.gz", clock=lambda: now[0]) as file:
+        file.add(answer(0))
+        for now[0], written in ((journal.MEMBER_AGE_S - 1, []), (journal.MEMBER_AGE_S, [0])):
+            file.poll()
+            assert numbers_in(tmp_path / "journal.jsonl.gz") == written
+
+
 def test_damage_in_the_middle_is_told(tmp_path):
     path = tmp_path / "journal.jsonl.gz"
     write(path, range(64))

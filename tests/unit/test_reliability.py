@@ -160,6 +160,15 @@ def test_rollouts_go_on_with_what_was_finished_and_try_again_what_failed(tmp_pat
     assert [group.rewards for group in rollouts.groups()] == [(0.0, 1.0), (0.0, 0.0)]
 
 
+def test_rollouts_of_questions_that_are_gone_are_told(tmp_path):
+    path = tmp_path / "step_00001.jsonl.gz.unfinished"
+    with Journal(path) as journal:
+        journal.add(Entry(question(5), 0, trajectory("<answer>ann</answer>")))
+    rollouts = Rollouts([Start(question(0), (1, 2))], 1)
+    with pytest.raises(UserError, match="holds a trajectory of nq:5, which is not asked"), kept_in(path, rollouts):
+        pass
+
+
 @pytest.mark.parametrize(
     ("stage", "before", "now", "is_last"),
     [

@@ -14,6 +14,7 @@ from searche1.runs import (
     atomic_write_json,
     atomic_write_text,
     is_complete,
+    keep_inputs,
     only_run_in,
     open_run,
     read_manifest,
@@ -144,6 +145,25 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_has_left(tmp_path
         first.wait(timeout=30)
     with only_run_in(tmp_path / "run"):
         pass
+
+
+def test_a_run_is_not_continued_with_other_data(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("{}\n")
+    keep_inputs(tmp_path, {"data.train": data})
+    keep_inputs(tmp_path, {"data.train": data, "data.test": data})
+    data.write_text("[]\n")
+    with pytest.raises(UserError, match=r"train\.jsonl has changed since .* began.*restore it, or give another --out"):
+        keep_inputs(tmp_path, {"data.test": data})
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "summary.json"])
+def test_a_damaged_record_of_a_run_is_named(tmp_path, name):
+    open_run(tmp_path / "run", Config())
+    (tmp_path / "run" / name).write_text('{"sta')
+    with pytest.raises(UserError, match=f"{name} is not JSON"):
+        open_run(tmp_path / "run", Config())
+        read_summary(tmp_path / "run")
 
 
 def test_every_harmless_key_exists():

@@ -6,10 +6,11 @@ from char_tokenizer import CharTokenizer
 
 from searche1.config import PromptConfig, RolloutConfig
 from searche1.retrieval.client import Passage, RetrieverError
+from searche1.rollout import sampler as sampler_module
 from searche1.rollout.engine import EngineError
 from searche1.rollout.fleet import Fleet
 from searche1.rollout.sampler import Rollouts, Sampler, Start, turn_seed
-from searche1.types import Completion, Group, Question, UserError
+from searche1.types import Completion, Group, Question, Stopped, Trajectory, UserError
 
 TOKENIZER = CharTokenizer()
 PROMPT = PromptConfig(user="{question}")
@@ -181,6 +182,30 @@ def test_progress_counts_up_and_leaves_faults_out_of_the_mean():
     sampler = make_sampler(FakeEngine(policy), max_errors=0.5, max_in_flight=1)
     groups_of(sampler, QUESTIONS[:2], samples=1, temperature=1.0, seed=0, progress=lambda *call: calls.append(call))
     assert calls == [(1, 2, 0.0), (2, 2, 1.0)]
+
+
+def test_a_tick_comes_while_nothing_finishes_and_may_end_it(monkeypatch):
+    monkeypatch.setattr(sampler_module, "TICK_S", 0.01)
+    ticks = []
+
+    def tick() -> None:
+        ticks.append(None)
+        if len(ticks) == 5:
+            raise Stopped("enough")
+
+    engine = FakeEngine(delay_s=60.0)
+    retriever = FakeRetriever()
+    sampler = make_sampler(engine, retriever=retriever)
+    with pytest.raises(Stopped, match="enough"):
+        groups_of(sampler, QUESTIONS, samples=2, temperature=1.0, seed=0, tick=tick)
+    assert retriever.is_closed
+
+
+def test_the_first_fault_is_told_although_it_is_of_an_earlier_try():
+    rollouts = Rollouts([Start(QUESTIONS[0], (1,)), Start(QUESTIONS[1], (1,))], 1)
+    rollouts.finish((0, 0), Trajectory((1,), (), "error", error="no passage for you"))
+    with pytest.raises(UserError, match="The first fault: no passage for you"):
+        make_sampler(max_errors=0.1).sample(rollouts, temperature=1.0, seed=0)
 
 
 def test_settings_of_the_rollout_reach_the_engine():
