@@ -161,7 +161,10 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         )
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        norm, attention.core_attention = TENorm, transformer_engine_attention()
+        norm = TENorm
+        # Its kernels for packs take no float32.
+        is_float32 = config.params_dtype == torch.float32
+        attention.core_attention = PrefixedSelfAttention if is_float32 else transformer_engine_attention()
         attention.linear_qkv, attention.linear_proj = TEColumnParallelLinear, TERowParallelLinear
         if config.num_moe_experts:
             module, submodules = TESpecProvider().grouped_mlp_modules(True, False)
@@ -274,12 +277,14 @@ def vocab_shard(shape: ModelShape, layout: Layout) -> VocabShard:
     return VocabShard(group, layout.tensor_rank * size, size, shape.vocab_size, cuts)
 
 
-def why_no_shared_prefix(layout: Layout) -> str:
+def why_no_shared_prefix(layout: Layout, dtype: torch.dtype) -> str:
     """What keeps several responses from sharing one copy of their prompt in a pack; "" if nothing does."""
     if layout.context > 1:
         return f"{layout.context} context-parallel ranks cut every sequence into chunks of one size"
     if layout.device.type != "cpu" and not has_transformer_engine():
         return "on a GPU it takes Transformer Engine's attention, and the package is not installed"
+    if layout.device.type != "cpu" and dtype == torch.float32:
+        return "on a GPU it takes Transformer Engine's attention, which knows no packs in float32"
     return ""
 
 

@@ -6,10 +6,12 @@ stay the same objects with the same addresses inside a storage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+SLAB = 1 << 28  # bytes of host memory in one piece: torch rounds what it page-locks up to a power of two
 
 
 class HostOffload:
@@ -24,7 +26,7 @@ class HostOffload:
         self._storages = list(storages.values())
         self.sizes = [storage.nbytes() for storage in self._storages]
         self._keep_contents = keep_contents
-        self._copies: list[Tensor] = []  # uint8, page-locked where there is a GPU; allocated once
+        self._slabs: list[Tensor] = []  # uint8, page-locked where there is a GPU; allocated once
         self.is_offloaded = False
 
     @property
@@ -36,11 +38,12 @@ class HostOffload:
         if self.is_offloaded:
             return 0
         if self._keep_contents:
-            if not self._copies:
+            if not self._slabs:
                 pin = any(storage.device.type == "cuda" for storage in self._storages)
-                self._copies = [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in self.sizes]
-            for storage, copy in zip(self._storages, self._copies, strict=True):
-                copy.copy_(_bytes_of(storage), non_blocking=True)
+                sizes = (min(SLAB, self.num_bytes - start) for start in range(0, self.num_bytes, SLAB))
+                self._slabs = [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in sizes]
+            for here, copy in self._pieces():
+                copy.copy_(here, non_blocking=True)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # copies under way still read what is freed next
         for storage in self._storages:
@@ -54,9 +57,30 @@ class HostOffload:
             return
         for storage, size in zip(self._storages, self.sizes, strict=True):
             storage.resize_(size)
-        for storage, copy in zip(self._storages, self._copies, strict=False):
-            _bytes_of(storage).copy_(copy, non_blocking=True)
+        if self._keep_contents:
+            for here, copy in self._pieces():
+                here.copy_(copy, non_blocking=True)
         self.is_offloaded = False
+
+    def is_same_memory(self, other: HostOffload) -> bool:
+        """Whether both are of the same storages, which are where they were made."""
+        return [s.data_ptr() for s in self._storages] == [s.data_ptr() for s in other._storages]
+
+    def take_host_memory(self, other: HostOffload) -> None:
+        """Goes on with the host memory of one that is not needed any more, if that is as large."""
+        if self.num_bytes == other.num_bytes:
+            self._slabs, other._slabs = other._slabs, []
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes where they were made, and their place on the host."""
+        place = 0
+        for storage, size in zip(self._storages, self.sizes, strict=True):
+            here, done = _bytes_of(storage), 0
+            while done < size:
+                slab, start = divmod(place, SLAB)
+                count = min(size - done, SLAB - start)
+                yield here[done : done + count], self._slabs[slab][start : start + count]
+                done, place = done + count, place + count
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -12,6 +12,8 @@ from searche1.policy import Policy
 from searche1.session import Session
 from searche1.types import Stopped
 
+CHECKPOINTS = "checkpoints"  # a stage's folder, until its model is there
+
 
 class Checkpoints:
     """The folder STAGE/checkpoints with its `step_N`. Every method is collective.
@@ -45,7 +47,8 @@ class Checkpoints:
 
     def stop(self, step: int, *, score: float | None = None, state: dict[str, Any] | None = None) -> NoReturn:
         """Write the checkpoint of this step, because somebody asked the run to stop, and raise Stopped."""
-        self._session.to_trainer(self._policy)
+        self._session.end_rollouts(self._policy)
+        self.finish()  # it may be of this very step
         if step:
             self.save(step, score=score, state=state)
         self.finish()
@@ -86,11 +89,6 @@ class Checkpoints:
                     shutil.rmtree(self.folder / f"step_{later}")
 
         self._session.from_writer(drop)
-
-    def remove(self) -> None:
-        """The round is over; nobody continues it."""
-        self.finish()
-        self._session.from_writer(lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
     # -- on rank 0 --------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from searche1.checkpoints import CHECKPOINTS
 from searche1.config import Config
 from searche1.data import load_questions
 from searche1.evaluation.scores import GREEDY_GROUPS_FILE, GROUPS_FILE, scores_of
@@ -160,6 +161,7 @@ def run_stage(session: Session, stage: Stage, model: Path) -> Path:
         if not session.from_writer(trained.is_dir):
             with session.timeline(stage.name):
                 stage.train(model, stage.name)
+        session.from_writer(lambda: shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True))  # nobody continues it
         outgoing = trained
     row = None
     if session.config.cycle.evaluate_stages:

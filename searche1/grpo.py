@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ext.flops import attention_cost
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import TokenLogprobs
-from searche1.checkpoints import Checkpoints
+from searche1.checkpoints import CHECKPOINTS, Checkpoints
 from searche1.config import Config
 from searche1.data import load_questions, question_batches
 from searche1.health import Watch
@@ -95,19 +95,23 @@ def grpo_loss(
     return (rows.weights * (kl_coef * terms.kl - terms.surrogate - entropy_coef * entropy)).sum()
 
 
-def grpo_metrics(found: TokenLogprobs, rows: RowTensors, *, clip_eps: float) -> dict[str, Tensor]:
-    """What the rows say, as weighted sums."""
+def grpo_metrics(
+    found: TokenLogprobs, rows: RowTensors, *, clip_eps: float, temperature: float = 1.0
+) -> dict[str, Tensor]:
+    """What the rows say, as weighted sums. The engine's logprobs are those at temperature 1, so only there compared."""
     terms = grpo_terms(found.logprobs, rows, clip_eps=clip_eps)
     assert rows.old_logprobs is not None
     is_clipped = terms.ratio * rows.advantages > terms.surrogate
-    return {
+    metrics = {
         "kl": (rows.weights * terms.kl).sum(),
         "entropy": (rows.weights * found.entropy).sum(),
         "clip_fraction": (rows.weights * is_clipped).sum(),
         "ratio_mean": (rows.weights * terms.ratio).sum(),
         "ratio_max": terms.ratio.max() if len(terms.ratio) else terms.ratio.new_zeros(()),
-        "engine_gap": (rows.weights * (rows.old_logprobs - rows.engine_logprobs).abs()).sum(),
     }
+    if temperature == 1.0:
+        metrics["engine_gap"] = (rows.weights * (rows.old_logprobs - rows.engine_logprobs).abs()).sum()
+    return metrics
 
 
 def learning_rate(step: int, *, lr: float, warmup_ratio: float, num_steps: int) -> float:
@@ -126,30 +130,34 @@ class TrainedSample:
 
 
 def trained_samples(groups: Sequence[Group], *, advantage_eps: float) -> list[TrainedSample]:
-    """Every trajectory that is the policy's own behaviour, with its group's advantage. Faulty ones leave the group."""
+    """Every trajectory that is the policy's own behaviour, with its group's advantage. Faulty ones leave the group.
+
+    One without a policy token counts in its group, but has nothing to train.
+    """
     samples = []
     for group in groups:
         valid = [
             (trajectory, reward)
             for trajectory, reward in zip(group.trajectories, group.rewards, strict=True)
-            if trajectory.status != "error" and trajectory.num_policy_tokens
+            if trajectory.status != "error"
         ]
         if not valid:
             continue
         advantages = group_advantages([reward for _, reward in valid], eps=advantage_eps)
         for (trajectory, _), advantage in zip(valid, advantages, strict=True):
-            samples.append(TrainedSample(trajectory, sample_of(trajectory), advantage))
+            if trajectory.num_policy_tokens:
+                samples.append(TrainedSample(trajectory, sample_of(trajectory), advantage))
     return samples
 
 
 def mini_batches(samples: Sequence[TrainedSample], size: int) -> list[list[TrainedSample]]:
-    """Consecutive mini-batches of `size` sequences; 0 takes all. A short rest joins the last one."""
-    if size <= 0 or size >= len(samples):
-        return [list(samples)]
-    count = len(samples) // size
-    parts = [list(samples[k * size : (k + 1) * size]) for k in range(count)]
-    parts[-1] += samples[count * size :]
-    return parts
+    """Consecutive mini-batches of `size` sequences; 0 takes all.
+
+    Where faults have left another number, there are as many as come closest to that size, of about as many sequences.
+    """
+    count = max(1, round(len(samples) / size)) if size > 0 else 1
+    ends = [(k + 1) * len(samples) // count for k in range(count)]
+    return [list(samples[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_index: int) -> Path:
@@ -173,7 +181,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
     )
     # pi_ref of the KL term is the policy at the start of this round, also when the round is continued.
     reference = policy.snapshot() if settings.kl_coef else None
-    checkpoints = Checkpoints(session, policy, folder / "checkpoints")
+    checkpoints = Checkpoints(session, policy, folder / CHECKPOINTS)
     watch = session.watch(stage)
     step = checkpoints.resume().get("step", 0)
     roll_backs = session.continue_behind(watch, step)
@@ -242,7 +250,6 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
             checkpoints.save(step, score=session.average_em(watch))
     checkpoints.finish()
     policy.save_hf(folder / "hf")
-    checkpoints.remove()
     return folder / "hf"
 
 
@@ -280,6 +287,8 @@ def end_round(
     if best:
         checkpoints.load(best)
     else:
+        policy.optimizer_to_host()  # two of them need not fit
+        policy.weights_to_host()
         policy = session.policy(model_path, optimizer=None)
     session.from_writer(lambda: watch.record(step, ended_with=best))
     session.tell(f"the round ends at step {step} with the weights of step {best}, the best that were kept")
@@ -341,7 +350,8 @@ def grpo_step(
 
             value, found = policy.token_loss(hidden, batches[index].targets, row_loss, temperature=temperature)
             every = rows[index].part(slice(None), found.logprobs)
-            return value, {"loss": value.detach(), **grpo_metrics(found, every, clip_eps=settings.clip_eps)}
+            metrics = grpo_metrics(found, every, clip_eps=settings.clip_eps, temperature=temperature)
+            return value, {"loss": value.detach(), **metrics}
 
         updates.append(policy.train_step(batches, loss, lr=lr))
     return updates
@@ -397,9 +407,9 @@ def log_step(
         session.tell(f"  {num_skipped:.0f} of {len(updates)} updates left the weights alone: a gradient was not finite")
     if step == 0:  # docs/debugging.md says what each of these should be, and why it might not
         first = updates[0]
+        gap = f"engine against trainer {first['engine_gap']:.1e} per logprob, " if "engine_gap" in first else ""
         session.tell(
-            f"  first update: KL {first['kl']:.1e} (0), "
-            f"engine against trainer {first['engine_gap']:.1e} per logprob, "
+            f"  first update: KL {first['kl']:.1e} (0), {gap}"
             f"truncated {rollouts.get('truncated_share', 0):.1%}, "
             f"invalid actions {rollouts.get('invalid_action_share', 0):.1%}, "
             f"groups of one reward {rollouts.get('same_reward_share', 0):.0%}"

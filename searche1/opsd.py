@@ -20,7 +20,7 @@ from megatron_ext.flops import attention_cost
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
 from megatron_ext.vocab_parallel import ClippedKL
-from searche1.checkpoints import Checkpoints
+from searche1.checkpoints import CHECKPOINTS, Checkpoints
 from searche1.config import Config, OPSDConfig, PoolConfig
 from searche1.data import load_questions, shuffled
 from searche1.evaluation.scores import scores_of
@@ -168,7 +168,7 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
         lora=LoraSettings(rank=settings.lora_rank, alpha=settings.lora_alpha, seed=config.run.seed + round_index),
     )
     fresh = policy.snapshot()
-    checkpoints = Checkpoints(session, policy, folder / "checkpoints")
+    checkpoints = Checkpoints(session, policy, folder / CHECKPOINTS)
     if session.is_asked_to_stop():
         checkpoints.stop(0)
     session.sync(policy, stage=stage)
@@ -190,7 +190,6 @@ def run_opsd_round(session: Session, *, model_path: Path, stage: str, round_inde
         write_token_kls(folder / PAIR_KL_FILE, shown)
     policy.save_adapter(folder / "adapter")
     policy.save_hf(folder / "hf")
-    checkpoints.remove()
     return folder / "hf"
 
 
@@ -335,11 +334,12 @@ class FoundAdapter:
 
 def resume_adapter(session: Session, policy: Policy, checkpoints: Checkpoints) -> FoundAdapter:
     """The newest checkpoint in the policy, and the best adapter as it was. Collective."""
+    session.to_trainer(policy)
     state = checkpoints.resume()
     done = state.get("step", 0)
 
     def drop_later_validations() -> None:  # of an adapter that will be trained again, to other bits on a GPU
-        for file in (checkpoints.folder.parent / "validation").glob("step_*.jsonl.gz"):
+        for file in (checkpoints.folder.parent / "validation").glob("step_*"):  # unfinished ones too
             if int(file.name[5:10]) > done:
                 file.unlink()
 

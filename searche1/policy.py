@@ -65,7 +65,8 @@ def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
         transformer_config(read_shape(model_path), model_settings(train, layout), layout)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if train.share_prefix == "always" and (reason := why_no_shared_prefix(layout)):
+    dtype = choose_dtype(train.dtype, layout.device.type)
+    if train.share_prefix == "always" and (reason := why_no_shared_prefix(layout, dtype)):
         raise UserError(f"train.share_prefix=always is not possible here: {reason}; set it to auto or never")
 
 
@@ -124,12 +125,15 @@ class Policy:
         self._train = train
         # On GPUs it asks Transformer Engine for a mask that no GPU of this project has tried: only when told to.
         wish = {"auto": layout.device.type == "cpu", "always": True, "never": False}[train.share_prefix]
-        self.share_prefix = wish and not why_no_shared_prefix(layout)
         self.dtype = choose_dtype(train.dtype, layout.device.type)
+        self.share_prefix = wish and not why_no_shared_prefix(layout, self.dtype)
         try:
-            self.shape = read_shape(model_path)
-            self._model = build_model(self.shape, model_settings(train, layout), layout)
-            load_hf_weights(self._model, model_path, self.shape, layout)
+            with out_of_memory_told(train):
+                self.shape = read_shape(model_path)
+                self._model = build_model(self.shape, model_settings(train, layout), layout)
+                load_hf_weights(self._model, model_path, self.shape, layout)
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(str(error)) from error
         if lora is not None:
@@ -143,8 +147,9 @@ class Policy:
         self._on_host: dict[str, HostOffload] = {}
         self._writer = CheckpointWriter()
         if optimizer is not None:
-            self._ddp = wrap_data_parallel(self._model, distributed_optimizer=optimizer.distributed)
-            self._optimizer = build_optimizer(self._ddp, optimizer, self.dtype)
+            with out_of_memory_told(train):
+                self._ddp = wrap_data_parallel(self._model, distributed_optimizer=optimizer.distributed)
+                self._optimizer = build_optimizer(self._ddp, optimizer, self.dtype)
 
     @property
     def has_adapters(self) -> bool:
@@ -357,7 +362,10 @@ class Policy:
         if known is not None and known.is_offloaded:
             return 0
         fresh = HostOffload(tensors, keep_contents=keep)
-        if known is None or known.sizes != fresh.sizes:  # Adam makes its state in its first step
+        # Adam makes its state in its first step, and some make it anew when they load one.
+        if known is None or not known.is_same_memory(fresh):
+            if known is not None:
+                fresh.take_host_memory(known)
             known = self._on_host[what] = fresh
         return known.to_host()
 
@@ -449,7 +457,7 @@ class Policy:
 
     def load_checkpoint(self, folder: Path) -> int:
         """Returns the step that was saved. Collective."""
-        assert self._ddp is not None
+        assert self._ddp is not None and self.is_on_device
         state = load_checkpoint(self._ddp, self._optimizer, folder, only_trained=self.has_adapters)
         self.version = state["version"]
         return state["step"]

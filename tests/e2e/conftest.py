@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2For
 
 from searche1.quickstart import make_world
 
-# Every hand-over between trainer and engines happens, and every synced weight is compared.
-STRICT = ("train.offload=always", "engine.verify_sync=exact", "engine.sync_bucket_mb=1")
+# Every hand-over between trainer and engines happens, every synced weight is compared, every update validated.
+STRICT = ("train.offload=always", "engine.verify_sync=exact", "engine.sync_bucket_mb=1", "opsd.validate_every=1")
 
 
 @pytest.fixture(scope="session")
@@ -57,17 +57,25 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, in
 
 
 @pytest.fixture(scope="session")
-def finished(interrupted: tuple[Path, str, int]) -> tuple[Path, str]:
-    """The same command again, to its end, though its engine is killed when the pairs are there."""
+def stopped(interrupted: tuple[Path, str, int]) -> tuple[Path, str, int]:
+    """The same command again. Its engine is killed when the pairs are there; SIGTERM comes after the first update."""
     out = interrupted[0]
 
     def on_line(process: subprocess.Popen, line: str) -> None:
         if "pairs from 32 questions" in line:
             kill_engine(out / "logs/engine0.log")
+        if "cycle0/opsd step 1/" in line and "validation EM" in line:
+            process.send_signal(signal.SIGTERM)
 
-    printed, code = quickstart(out, on_line)
+    return out, *quickstart(out, on_line)
+
+
+@pytest.fixture(scope="session")
+def finished(stopped: tuple[Path, str, int]) -> tuple[Path, str]:
+    """The same command once more, to its end."""
+    printed, code = quickstart(stopped[0], lambda process, line: None)
     assert code == 0, printed
-    return out, printed
+    return stopped[0], printed
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from searche1.cli import STOPPED
+
 pytestmark = pytest.mark.slow
 
 FAST = str(ROOT / "configs" / "quickstart-fast.yaml")
@@ -27,6 +29,23 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_no_process_behind(interrupted: tupl
     assert not [command for command in commands if str(out).encode() in command]
 
 
+def test_an_engine_that_was_killed_is_started_again_and_nothing_is_lost(stopped: tuple[Path, str, int]) -> None:
+    out, printed, _ = stopped
+    assert "starting engine 0 again" in printed
+    check = json.loads((out / "cycle0/opsd/teacher_check.json").read_text())
+    assert check["num_starts"] == 16
+
+
+def test_sigterm_stops_a_distillation_behind_a_checkpoint_and_it_goes_on_from_there(
+    stopped: tuple[Path, str, int], finished: tuple[Path, str]
+) -> None:
+    """With the trainer's memory on the host when the checkpoint is to be loaded."""
+    _, printed, code = stopped
+    assert code == STOPPED and "stopped at step" in printed and "Traceback" not in printed, printed
+    assert "continuing from step_" in finished[1]
+    assert "cycle0/opsd step 1/" not in finished[1]
+
+
 def test_the_same_command_skips_what_is_finished(finished: tuple[Path, str]) -> None:
     out, printed = finished
     assert "start: finished earlier, skipped" in printed
@@ -38,15 +57,8 @@ def test_the_same_command_skips_what_is_finished(finished: tuple[Path, str]) -> 
         assert stage["num_questions"] == 300 and 0 < stage["em"] < 1 and stage["mean_searches"] > 1
 
 
-def test_an_engine_that_was_killed_is_started_again_and_nothing_is_lost(finished: tuple[Path, str]) -> None:
-    out, printed = finished
-    assert "starting engine 0 again" in printed
-    check = json.loads((out / "cycle0/opsd/teacher_check.json").read_text())
-    assert check["num_starts"] == 16
-
-
 def test_a_finished_run_only_shows_its_table(finished: tuple[Path, str]) -> None:
-    result = searche1("quickstart", "--fast", "--out", str(finished[0]))
+    result = searche1("quickstart", "--fast", "--out", str(finished[0]), *STRICT)
     assert result.returncode == 0 and "is finished" in result.stdout and "cycle0/opsd" in result.stdout
 
 

@@ -50,7 +50,7 @@ def made(tmp_path):
             config=Config(train=TrainConfig(**train)),
             from_writer=lambda function: function(),
             tell=said.append,
-            to_trainer=lambda policy: None,
+            end_rollouts=lambda policy: None,
         )
         return Checkpoints(session, FakePolicy(), tmp_path / "checkpoints")
 
@@ -114,11 +114,25 @@ def test_stopping_writes_the_step_at_hand_and_says_where_it_goes_on(made):
     assert kept(checkpoints) == ["step_7"]
 
 
+def test_stopping_at_a_step_that_is_being_written_writes_it_once(made):
+    checkpoints = made.make()
+    policy = checkpoints._policy
+    folder = checkpoints.folder / "step_7"
+
+    def publish() -> None:
+        if not folder.exists():
+            FakePolicy.save_checkpoint(policy, folder, step=7, state={"score": 0.5})
+
+    policy.finish_checkpoint = publish
+    policy.save_checkpoint = lambda *_, **__: pytest.fail("a checkpoint that is under way was begun again")
+    with pytest.raises(Stopped):
+        checkpoints.stop(7)
+    assert kept(checkpoints) == ["step_7"]
+
+
 def test_a_round_that_goes_back_forgets_what_came_after(made):
     checkpoints = made.make(keep_last=5)
     for step in (10, 20, 30):
         checkpoints.save(step)
     checkpoints.drop_after(10)
     assert kept(checkpoints) == ["step_10"]
-    checkpoints.remove()
-    assert not checkpoints.folder.exists()

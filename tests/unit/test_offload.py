@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import make_qwen2
 
+from megatron_ext import offload as module
 from megatron_ext.lora import LoraSettings
 from megatron_ext.offload import HostOffload
 from megatron_ext.optimizer import OptimizerSettings
@@ -31,6 +32,34 @@ def test_views_come_back_with_their_bits_and_their_memory_is_free_meanwhile():
     offload.back()
     assert torch.equal(base, torch.arange(100.0)) and torch.equal(view, base[10:20].view(2, 5))
     assert view.data_ptr() == base.data_ptr() + 40 and (other == 1).all()
+
+
+@pytest.mark.parametrize("slab", [7, 64, 400, 10_000])
+def test_host_memory_comes_in_pieces_of_any_size(monkeypatch, slab):
+    monkeypatch.setattr(module, "SLAB", slab)
+    tensors = [torch.randn(count) for count in (100, 3, 50)]
+    before = [x.clone() for x in tensors]
+    offload = HostOffload(tensors)
+    for _ in range(2):
+        assert offload.to_host() == 612
+        assert max(len(x) for x in offload._slabs) <= slab and sum(len(x) for x in offload._slabs) == 612
+        offload.back()
+        assert all(map(torch.equal, tensors, before))
+
+
+def test_host_memory_goes_to_what_takes_the_place_of_an_optimizers_state():
+    old, new = torch.zeros(10), torch.arange(10.0)
+    first = HostOffload([old])
+    first.to_host()
+    slab = first._slabs[0].data_ptr()
+    first.back()
+    second = HostOffload([new])
+    assert first.is_same_memory(HostOffload([old])) and not first.is_same_memory(second)
+    second.take_host_memory(first)
+    second.to_host()
+    assert new.untyped_storage().nbytes() == 0 and second._slabs[0].data_ptr() == slab
+    second.back()
+    assert torch.equal(new, torch.arange(10.0)) and not old.any()
 
 
 def test_scratch_memory_is_freed_without_a_copy():
