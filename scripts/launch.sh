@@ -23,7 +23,8 @@ Environment, each with what it is taken from otherwise:
   RESTARTS      how often ranks are started     3 on one node; on several the same command, or Slurm's queue, does it
                 again when one has died
 
-Set here unless you have set them: CUDA_DEVICE_MAX_CONNECTIONS=1, NCCL_DEBUG=WARN. docs/launching.md explains these and
+Set here unless you have set them: CUDA_DEVICE_MAX_CONNECTIONS=1, NCCL_DEBUG=WARN,
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280. docs/launching.md explains these and
 the NCCL variables of a cluster. SEARCHE1_* of scripts/env.sh work as ever.
 END
 }
@@ -115,12 +116,14 @@ case ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_ALLOC_CONF:-} in
 esac
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron's overlap of messages relies on the order
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Seconds between SIGTERM and SIGKILL: a step is finished meanwhile, and a checkpoint written. torchrun's own are 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}
 
 program=(searche1 cycle --config "$config" ${settings[@]+"${settings[@]}"})
 if [ $mode = check ]; then program=(searche1.cluster_check ${config:+--config "$config"} ${settings[@]+"${settings[@]}"}); fi
 command=(torchrun "${rendezvous[@]}" --nproc-per-node "$gpus" -m "${program[@]}")
 if [ $mode = dry-run ]; then
-    for name in CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG; do echo "$name=${!name}"; done
+    for name in CUDA_DEVICE_MAX_CONNECTIONS NCCL_DEBUG TORCH_ELASTIC_SHUTDOWN_TIMEOUT; do echo "$name=${!name}"; done
     printf '%q ' "${command[@]}" | sed 's/ $/\n/'
     exit 0
 fi

@@ -189,8 +189,7 @@ def test_the_engine_gets_weights_by_handle_sleeps_and_wakes(layout: Layout, tmp_
 def test_the_layer_spec_says_what_it_uses(layout: Layout) -> None:
     policy = Policy(model_path=POLICY, layout=layout, train=TrainConfig(), optimizer=None)
     names = {type(module).__name__ for module in policy._model.modules()}
-    assert ("TEDotProductAttention" in names) == has_transformer_engine()
-    assert ("PackedSelfAttention" in names) != has_transformer_engine()
+    assert ("PrefixedSelfAttention" in names) != has_transformer_engine()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

