@@ -4,12 +4,13 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: scripts/launch.sh [--nodes N] [--dry-run | --check] CONFIG [key=value ...]
+usage: scripts/launch.sh [--nodes N] [--stage S] [--dry-run | --check] CONFIG [key=value ...]
 
 Starts `searche1 cycle --config CONFIG key=value ...` on every GPU of this node, as one of N nodes. Call it once on each
 node, or once under Slurm's srun with one task a node. The same command again continues a run that was stopped.
 
   --nodes N     nodes that CONFIG is made for (default 1); others take NODES=... to say so
+  --stage S     grpo or opsd: that stage alone, from model.path, instead of whole cycles
   --dry-run     print what would be started, and start nothing
   --check       look at the cluster instead: versions, shared folders, messages between ranks
   -h, --help    this text
@@ -37,7 +38,7 @@ is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
 is_taken() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; } # something listens on this port
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-made_for=1 mode=run config="" settings=()
+made_for=1 stage=cycle mode=run config="" settings=()
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help)
@@ -47,6 +48,10 @@ while [ $# -gt 0 ]; do
     --nodes)
         if ! is_number "${2:-}" || [ "$2" = 0 ]; then refuse "--nodes is '${2:-}', it must be a number such as 2"; fi
         made_for=$2
+        shift
+        ;;
+    --stage)
+        case ${2:-} in cycle | grpo | opsd) stage=$2 ;; *) refuse "--stage is '${2:-}', it must be grpo or opsd" ;; esac
         shift
         ;;
     --dry-run) mode=dry-run ;;
@@ -119,7 +124,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Seconds between SIGTERM and SIGKILL: a step is finished meanwhile, and a checkpoint written. torchrun's own are 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}
 
-program=(searche1 cycle --config "$config" ${settings[@]+"${settings[@]}"})
+program=(searche1 $stage --config "$config" ${settings[@]+"${settings[@]}"})
 if [ $mode = check ]; then program=(searche1.cluster_check ${config:+--config "$config"} ${settings[@]+"${settings[@]}"}); fi
 command=(torchrun "${rendezvous[@]}" --nproc-per-node "$gpus" -m "${program[@]}")
 if [ $mode = dry-run ]; then

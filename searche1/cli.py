@@ -119,16 +119,21 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument(
         "--new", action="store_true", help="start anew instead of continuing: takes the next free folder"
     )
-    quickstart.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    quickstart.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     quickstart.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in `searche1 config`")
     quickstart.set_defaults(run=_quickstart)
 
     for name, text in (
-        ("cycle", "GRPO and OPSD rounds in turn, judged after each"),
+        ("cycle", "GRPO and OPSD rounds in turn, evaluated after each"),
         ("grpo", "one GRPO round"),
         ("opsd", "one OPSD round"),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. Results are in the folder run.out; the same command continues "
+            "a stopped run. As it stands it is one process; scripts/launch.sh starts it on several GPUs or nodes.",
+        )
         command.add_argument("--config", help="YAML file, such as configs/quickstart.yaml")
         if name != "cycle":
             command.add_argument("--model", default="", help="HuggingFace folder to start from (default model.path)")
@@ -169,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     comparison = commands.add_parser("compare", help="paired test of two evaluations, or of two stages of runs")
     comparison.add_argument("a", type=Path, help="folder of an evaluation, or of a judged stage: runs/NAME/start")
-    comparison.add_argument("b", type=Path)
+    comparison.add_argument("b", type=Path, help="the other one")
     comparison.set_defaults(run=_compare)
 
     play = commands.add_parser(

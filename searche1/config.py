@@ -141,9 +141,9 @@ class PromptConfig:
 class RetrieverConfig:
     url: str = ""  # address of a running /retrieve server; empty starts one for this run
     corpus: str = ""  # jsonl of {"id", "contents"}; needed when url is empty
-    index: str = ""  # FAISS index folder built by tools/build_index.py; needed when url is empty
+    index: str = ""  # folder of tools/build_index.py, or a FAISS file (then encoder and style too), unless url is set
     encoder: str = ""  # "minilm", folder or hub id; empty takes the one the index folder names
-    style: str = ""  # e5, bge or plain: prefixes and pooling of an encoder given here
+    style: str = ""  # e5, bge, plain or sentence-transformers: prefixes and pooling of an encoder given here
     device: str = "cpu"  # where the server this run starts encodes queries: cpu, cuda or cuda:N
     threads: int = 1  # CPU threads of the server this run starts; 0 takes all cores, as a large exact index needs
     topk: int = 3  # passages per query (paper 4.1)
@@ -218,7 +218,7 @@ class EvalConfig:
     limit: int = 0  # first questions of each source; 0 takes all
     temperature: float = 0.0  # 0 is greedy
     samples: int = 1  # trajectories per question at temperature > 0
-    greedy: bool = True  # also evaluate greedily when temperature > 0
+    greedy: bool = True  # stages of a run: also evaluate greedily when temperature > 0
     validation_temperature: float = 0.0  # decoding that chooses the adapter
     validation_samples: int = 1  # trajectories per validation question
 

@@ -69,27 +69,25 @@ def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> 
         model = session.model_path
         for stage in stages(session):
             model = run_stage(session, stage, model)
-            if config.cycle.until_no_gain and session.from_writer(partial(gained_nothing, session, stage.name)):
+            if session.from_writer(partial(is_last, config, stage.name)):
+                session.tell(
+                    f"{stage.name} gained nothing: its best validation EM is not above the cycle before's; "
+                    "no more cycles (cycle.until_no_gain)"
+                )
                 break
         session.ranks.from_writer(lambda: finish(session, model), beats=True)
 
 
-def gained_nothing(session: Session, stage: str) -> bool:
-    """Whether a cycle that has just ended chose an adapter no better than the cycle before did. On rank 0."""
+def is_last(config: Config, stage: str) -> bool:
+    """Whether a finished stage ends the run before its time: its adapter is no better than the cycle before's."""
     found = re.fullmatch(r"cycle(\d+)/opsd", stage)
-    if found is None or found[1] == "0":
+    if found is None or found[1] == "0" or not config.cycle.until_no_gain:
         return False
     before, now = (
-        read_json(session.run.directory / f"cycle{number}/opsd" / SELECTION_FILE)["best_em"]
+        read_json(Path(config.run.out) / f"cycle{number}/opsd" / SELECTION_FILE)["best_em"]
         for number in (int(found[1]) - 1, int(found[1]))
     )
-    if now > before:
-        return False
-    session.tell(
-        f"cycle {found[1]} gained nothing: best validation EM {now:.3f}, {before:.3f} in the cycle before; "
-        "no more cycles (cycle.until_no_gain)"
-    )
-    return True
+    return bool(now <= before)
 
 
 def check_batch_size(config: Config) -> None:
@@ -107,9 +105,14 @@ def check_batch_size(config: Config) -> None:
 def is_finished(config: Config) -> bool:
     """Whether the run directory holds this very run, done to its end: then nothing needs to be started."""
     directory = Path(config.run.out)
-    summary = read_summary(directory)
-    if summary.final_model is None or not all(is_complete(directory / stage.name) for stage in summary.stages):
+    final = read_summary(directory).final_model
+    if final is None or not (directory / final).is_dir():
         return False
+    for name in stage_names(config):
+        if not is_complete(directory / name):
+            return False  # it was stopped there, or more cycles are asked for now
+        if is_last(config, name):
+            break
     if is_first_process():
         open_run(directory, config)  # refuses other settings
     return True
@@ -128,15 +131,22 @@ def run_single_stage(config: Config, kind: str) -> None:
         session.from_writer(lambda: show_table(session.run.directory))
 
 
-def stages(session: Session) -> list[Stage]:
+def stage_names(config: Config) -> list[str]:
     """start, cycle0/grpo, cycle0/opsd, cycle1/grpo, ..."""
-    config = session.config.cycle
-    plan = [Stage("start", None)] if config.evaluate_stages else []
-    for number in range(config.cycles):
-        plan.append(Stage(f"cycle{number}/grpo", _grpo(session, number)))
-        if not config.skip_opsd:
-            plan.append(Stage(f"cycle{number}/opsd", _opsd(session, number)))
-    return plan
+    kinds = ["grpo"] if config.cycle.skip_opsd else ["grpo", "opsd"]
+    start = ["start"] if config.cycle.evaluate_stages else []
+    return start + [f"cycle{number}/{kind}" for number in range(config.cycle.cycles) for kind in kinds]
+
+
+def stages(session: Session) -> list[Stage]:
+    """Those of `stage_names`."""
+
+    def stage(name: str) -> Stage:
+        cycle, _, kind = name.partition("/")
+        make = {"grpo": _grpo, "opsd": _opsd}.get(kind)
+        return Stage(name, make and make(session, int(cycle.removeprefix("cycle"))))
+
+    return [stage(name) for name in stage_names(session.config)]
 
 
 def _grpo(session: Session, number: int) -> Callable[[Path, str], Path]:
@@ -239,11 +249,11 @@ def _record(session: Session, name: str, result: EvalResult, greedy: EvalResult 
 def finish(session: Session, model: Path) -> None:
     """Copy the last model to final/, draw the report, show the table. On rank 0."""
     final = session.run.final_dir
-    if not final.is_dir():
-        partial = final.with_name("final.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(model, partial)
-        partial.rename(final)
+    unfinished = final.with_name("final.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(model, unfinished)
+    shutil.rmtree(final, ignore_errors=True)  # of a run that went on behind its end
+    unfinished.rename(final)
     set_final_model(session.run)
     merge_traces(session.run.directory)
     show_table(session.run.directory)

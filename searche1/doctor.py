@@ -307,7 +307,12 @@ def _disk(machine: Machine) -> Check:
     if machine.free_disk_bytes >= 10 * GIB:
         return Check("disk", "ok", found)
     level: Level = "warn" if machine.free_disk_bytes >= GIB else "fail"
-    return Check("disk", level, found, "free some, or point run.out to a larger disk; a 3B checkpoint takes 6 GiB")
+    return Check(
+        "disk",
+        level,
+        found,
+        "free some, or point run.out to a larger disk; a 3B model takes 6 GiB, with Adam's state 40",
+    )
 
 
 def _shared_memory(machine: Machine) -> Check:

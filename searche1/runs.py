@@ -29,7 +29,7 @@ from typing import Any
 from searche1.config import Config, config_keys, load_config
 from searche1.types import UserError
 
-# Settings of where and how fast a run computes, not of what: a run may be continued with others.
+# Settings of where, how fast and how far a run computes, not of what: a run may be continued with others.
 HARMLESS_KEYS = frozenset(
     {
         "run.out",
@@ -77,6 +77,8 @@ HARMLESS_KEYS = frozenset(
         "opsd.teacher_check_questions",
         "rollout.max_in_flight",
         "grpo.save_every",
+        "cycle.cycles",  # a finished run may be continued with more
+        "cycle.until_no_gain",
         *(key for key in config_keys() if key.startswith("health.")),  # only what is done about an alarm
     }
 )
@@ -416,7 +418,7 @@ def keep_inputs(directory: Path, inputs: Mapping[str, Path]) -> None:
         if earlier.get(name, found[name]) != found[name]:
             raise UserError(
                 f"{file} has changed since {directory} began, so what is there and what would come now do not belong "
-                "together; restore it, or give another --out"
+                "together; restore it, or give another run.out (eval: --out)"
             )
     atomic_write_json(path, {**earlier, **found})
 

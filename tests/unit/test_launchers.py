@@ -38,6 +38,16 @@ def test_every_cycle_starts_its_config_on_its_number_of_nodes(size: str, checkou
     assert (f"--nnodes {nodes} " in command) == (nodes > 1) and ("--standalone" in command) == (nodes == 1)
 
 
+@pytest.mark.parametrize("stage", ["grpo", "opsd"])
+def test_a_stage_alone_is_started_in_the_same_way(stage: str, checkout: Checkout):
+    given = ("--stage", stage, "--dry-run", "configs/qwen2.5-3b.yaml", "run.out=runs/one")
+    result = launch(checkout, *given)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(f"-m searche1 {stage} --config configs/qwen2.5-3b.yaml run.out=runs/one\n")
+    wrong = launch(checkout, "--stage", "sft", "configs/qwen2.5-3b.yaml")
+    assert wrong.returncode == 2 and "--stage is 'sft', it must be grpo or opsd" in wrong.stderr
+
+
 def test_a_config_for_two_nodes_on_one_says_how_to_start_it(checkout: Checkout):
     result = launch(checkout, script="run_7b_cycle.sh")
     assert result.returncode == 2 and checkout.calls() == []

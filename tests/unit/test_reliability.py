@@ -10,17 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import searche1
 from megatron_ext.hf_io import HFReader
 from searche1.cli import STOPPED, _guarded
-from searche1.cycle import gained_nothing
+from searche1.config import load_config
+from searche1.cycle import is_finished, is_last, stage_names
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Rollouts, Start
-from searche1.runs import SELECTION_FILE, atomic_write_json
+from searche1.runs import SELECTION_FILE, atomic_write_json, open_run, set_final_model, write_manifest
 from searche1.session import kept_in
 from searche1.stopping import StopRequest
 from searche1.types import Question, SharedError, Span, Stopped, Trajectory, UserError
@@ -170,7 +170,7 @@ def test_rollouts_of_questions_that_are_gone_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "before", "now", "is_last"),
+    ("stage", "before", "now", "is_the_last"),
     [
         ("cycle0/opsd", 0.5, 0.1, False),  # nothing to compare with
         ("cycle1/grpo", 0.5, 0.1, False),
@@ -179,13 +179,37 @@ def test_rollouts_of_questions_that_are_gone_are_told(tmp_path):
         ("cycle1/opsd", 0.5, 0.4, True),
     ],
 )
-def test_a_cycle_that_gained_nothing_is_the_last(tmp_path, stage, before, now, is_last):
+def test_a_cycle_that_gained_nothing_is_the_last(tmp_path, stage, before, now, is_the_last):
     for number, em in enumerate((before, now)):
         atomic_write_json(tmp_path / f"cycle{number}/opsd" / SELECTION_FILE, {"best_em": em})
-    said = []
-    session = SimpleNamespace(run=SimpleNamespace(directory=tmp_path), tell=said.append)
-    assert gained_nothing(session, stage) is is_last
-    assert len(said) == is_last
+    given = [f"run.out={tmp_path}"]
+    assert is_last(load_config(None, given), stage) is is_the_last
+    assert not is_last(load_config(None, [*given, "cycle.until_no_gain=false"]), stage)
+
+
+def test_a_finished_run_goes_on_when_more_cycles_are_asked_for(tmp_path):
+    """Two cycles, of which the second gained nothing."""
+    settings = [f"run.out={tmp_path / 'run'}", "cycle.evaluate_stages=false"]
+
+    def is_done(*more: str) -> bool:
+        return is_finished(load_config(None, [*settings, *more]))
+
+    config = load_config(None, settings)
+    run = open_run(config.run.out, config)
+    for name in stage_names(config):
+        assert not is_done()
+        folder = run.stage_dir(name)
+        if name.endswith("opsd"):
+            atomic_write_json(folder / SELECTION_FILE, {"best_em": 0.5})
+        write_manifest(folder, stage=name, inputs={}, outputs={}, config=config, metrics={})
+    assert not is_done()
+    set_final_model(run)
+    assert not is_done()  # it was killed before the model had its place
+    run.final_dir.mkdir()
+    assert is_done() and is_done("cycle.cycles=3") and is_done("cycle.cycles=1")
+    assert not is_done("cycle.cycles=3", "cycle.until_no_gain=false")
+    with pytest.raises(UserError, match="other settings"):
+        is_done("grpo.lr=1")
 
 
 def test_a_checkpoint_cannot_name_files_outside_its_folder(tmp_path):

@@ -153,7 +153,9 @@ def test_a_run_is_not_continued_with_other_data(tmp_path):
     keep_inputs(tmp_path, {"data.train": data})
     keep_inputs(tmp_path, {"data.train": data, "data.test": data})
     data.write_text("[]\n")
-    with pytest.raises(UserError, match=r"train\.jsonl has changed since .* began.*restore it, or give another --out"):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl has changed since .* began.*restore it, or give another run.out"
+    ):
         keep_inputs(tmp_path, {"data.test": data})
 
 
