@@ -1,4 +1,4 @@
-"""Extensions of Megatron-core that any project could use; nothing here knows of Search-E1."""
+"""Extensions of Megatron-core. Nothing here imports searche1; messages name its settings, docstrings its paper."""
 
 import warnings
 

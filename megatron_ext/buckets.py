@@ -57,7 +57,7 @@ class SharedDoubleBuffer:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
 
     def __call__(self, num_bytes: int) -> Tensor:
-        if len(self._buffers[0]) < num_bytes:  # pages of it exist from the first write on
+        if len(self._buffers[0]) < num_bytes:
             storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
             self._buffers[0] = torch.empty(0, dtype=torch.uint8).set_(storage)
         self._buffers.reverse()

@@ -6,6 +6,7 @@ A checkpoint is a folder that appears when it is whole, with the size and SHA-25
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -64,7 +65,7 @@ class CheckpointWriter:
             state: small plain values that return from `load_checkpoint` and `read_state`, such as the step.
             only_trained: leave out weights without a gradient, such as those under an adapter.
 
-        Raises ValueError if an earlier one could not be written.
+        Raises ValueError if an earlier one could not be written, OSError on the rank that met a fault of the disk.
         """
         self.finish()
         _use_own_results_queue()
@@ -73,7 +74,14 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         sharded = _sharded(model, optimizer, is_loading=False, only_trained=only_trained)
-        request = dist_checkpointing.save({**sharded, "state": state}, str(partial), async_sharded_save=True)
+        try:
+            request = dist_checkpointing.save({**sharded, "state": state}, str(partial), async_sharded_save=True)
+        except RuntimeError as error:  # the first rank writes plain values at once, and torch tells no OSError
+            if not any(words in str(error) for words in ("iostream error", "PytorchStreamWriter failed")):
+                raise
+            raise OSError(
+                errno.EIO, f"the disk is full or broken ({str(error).splitlines()[0]})", str(partial)
+            ) from error
         assert request is not None
         request.add_finalize_fn(functools.partial(_publish, partial, folder, state))
         self._calls.schedule_async_request(request._replace(async_fn=functools.partial(_write, request.async_fn)))

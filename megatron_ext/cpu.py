@@ -82,11 +82,17 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 
 def _rotary(megatron: Any) -> Any:
-    """Megatron's function, with our kernel for packs in which every token has an angle of its own."""
+    """Megatron's function, with our kernel for packs in which every token has an angle of its own.
+
+    Context-parallel ranks have a table of positions instead, which may happen to be as long as the pack.
+    """
 
     def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, config: Any, *arguments: Any, **options: Any) -> Tensor:
+        group = options.get("cp_group")
         is_plain = (
-            not (config.rotary_interleaved or config.multi_latent_attention) and options.get("mscale", 1.0) == 1.0
+            not (config.rotary_interleaved or config.multi_latent_attention)
+            and options.get("mscale", 1.0) == 1.0
+            and (group is None or group.size() == 1)
         )
         found = rotate(t, freqs) if is_plain else None
         return megatron(t, freqs, config, *arguments, **options) if found is None else found

@@ -34,6 +34,7 @@ from megatron_ext.model import HiddenStateModel
 from megatron_ext.parallel import Layout, expert_group
 
 INDEX_NAME = "model.safetensors.index.json"
+MERGED_NAME = "merged_lora.json"  # of peft_io.py: which adapters are in the weights
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # config, tokenizer, chat template, generation config
@@ -306,7 +307,7 @@ def copy_hf_settings(source: Path, out: Path, *, dtype: torch.dtype) -> None:
     """Config, with the type of the weights beside it, generation config, tokenizer and chat template."""
     for pattern in COPIED:
         for file in source.glob(pattern):
-            if file.name != INDEX_NAME:
+            if file.name not in (INDEX_NAME, MERGED_NAME):  # which are of the weights that lie there
                 shutil.copy2(file, out / file.name)
     config = json.loads((out / CONFIG_NAME).read_text())
     name = str(dtype).removeprefix("torch.")
@@ -320,7 +321,10 @@ def check_space(out: Path, needed: int) -> None:
     """Raises ValueError if the disk of a folder that is to be made has fewer bytes free than it needs."""
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < needed:
-        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free, {out.name} needs {needed / 1e9:.1f} GB")
+        raise ValueError(
+            f"{existing} has {free / 1e9:.1f} GB free, {out.name} needs {needed / 1e9:.1f} GB; make room, or give "
+            "a folder on another disk"
+        )
 
 
 def refuse_to_overwrite(source: Path, out: Path) -> None:

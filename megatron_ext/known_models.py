@@ -91,18 +91,26 @@ def hf_config(known: KnownModel) -> Any:
     return config
 
 
+def folder_shape(folder: Path) -> ModelShape:
+    """The numbers of a HuggingFace folder. Raises ValueError without a readable config.json of a known architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return model_shape(AutoConfig.from_pretrained(folder))
+    except OSError as error:
+        raise ValueError(
+            f"{folder} holds no readable config.json ({str(error).splitlines()[0]}); give a local HuggingFace folder "
+            "(hf download NAME --local-dir DIR)"
+        ) from error
+
+
 def read_shape(path: str) -> ModelShape:
     """The numbers of a HuggingFace folder, or of a known hub id without a download.
 
     Raises ValueError for a folder without a readable config.json, an architecture without rules, or an unknown id.
     """
     if Path(path).is_dir():
-        from transformers import AutoConfig
-
-        try:
-            return model_shape(AutoConfig.from_pretrained(path))
-        except OSError as error:
-            raise ValueError(f"{path} holds no readable config.json: {str(error).splitlines()[0]}") from error
+        return folder_shape(Path(path))
     if path in HUB_IDS:
         return model_shape(hf_config(HUB_IDS[path]))
     near = difflib.get_close_matches(path, HUB_IDS, n=1, cutoff=0.4)

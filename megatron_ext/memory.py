@@ -137,6 +137,11 @@ class ModelState:
         return self.weights + self.gradients + self.optimizer
 
 
+def adam_bytes(dtype_bytes: int) -> int:
+    """Of an element that Adam updates: its moments, and a float32 weight unless the model's own is one."""
+    return MOMENT_BYTES + (4 if dtype_bytes < 4 else 0)
+
+
 def model_state(
     shape: ModelShape,
     sizes: ParallelSizes,
@@ -153,7 +158,7 @@ def model_state(
     held = stage_parameters(shape, sizes, stage)
     adapters = lora_parameters(shape, sizes, lora_rank) if lora_rank else Parameters(0)
     trained = adapters if lora_rank else held
-    per_element = MOMENT_BYTES + (4 if dtype_bytes < 4 else 0)
+    per_element = adam_bytes(dtype_bytes)
     dense, expert = trained.dense * per_element, trained.expert * per_element
     if distributed_optimizer:
         dense, expert = dense // sizes.optimizer_shards, expert // sizes.expert_shards

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_ext.hf_io import HFReader
+from megatron_ext.hf_io import MERGED_NAME, HFReader, publish
 from megatron_ext.lora import STORED, hf_modules
 from megatron_ext.torch_dist import TorchDistReader
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-BASE_NAME, MERGED_NAME = "base.json", "merged_lora.json"
+BASE_NAME = "base.json"
 PREFIX = "base_model.model."
 SAMPLED_BYTES = 4096  # of either end of a tensor; a training step changes all of them
 # Settings of PEFT that change what a merged weight is and are not computed here, with the values that are.
@@ -38,6 +37,7 @@ UNSUPPORTED = {
     "alpha_pattern": ({}, None),
 }
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 NARROWING = (
     "layers_to_transform",
     "exclude_modules",
@@ -65,15 +65,14 @@ def write_peft_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str
         config: what adapter_config.json holds beside the base.
         base: the HuggingFace folder the adapter was trained on.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / WEIGHTS_NAME)
-    config = {**config, "base_model_name_or_path": str(base)}
-    (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-    (partial / BASE_NAME).write_text(json.dumps({"fingerprint": fingerprint(base)}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def write(partial: Path) -> None:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, partial / WEIGHTS_NAME)
+        settings = {**config, "base_model_name_or_path": str(base)}
+        (partial / CONFIG_NAME).write_text(json.dumps(settings, indent=2))
+        (partial / BASE_NAME).write_text(json.dumps({"fingerprint": fingerprint(base)}, indent=2))
+
+    publish(write, folder)
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,12 @@ def read_peft_folder(folder: Path) -> PeftAdapter:
     for name, supported in UNSUPPORTED.items():
         if config.get(name) not in supported:
             raise ValueError(f"{folder} has {name}={config[name]!r}, which cannot be merged here; merge it with peft")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"{folder} has init_lora_weights={start!r}, which took from the base what the adapter began with; merge it "
+            "with peft, or save it with path_initial_model_for_weight_conversion"
+        )
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise ValueError(

@@ -63,7 +63,7 @@ class SharedWeights:
     """
 
     def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
-        """Takes `nbytes(shape, dtype)` of /dev/shm, which must have room: pages come with the first write."""
+        """Takes `nbytes(shape, dtype)` of /dev/shm. Raises RuntimeError if it has no room."""
         found, count = places(shape, dtype)
         self.for_the_rest = SharedDoubleBuffer()  # buckets of what has no place here
         storage = torch.UntypedStorage._new_using_filename_cpu(count * dtype.itemsize)
@@ -103,4 +103,7 @@ def shared_weights(shape: ModelShape, dtype: torch.dtype) -> SharedWeights | str
             f"{needed / 2**30:.2f} GiB of {SHARED_MEMORY} are needed to share them, and {free / 2**30:.2f} are free; "
             "docker run --shm-size gives a container more"
         )
-    return SharedWeights(shape, dtype)
+    try:
+        return SharedWeights(shape, dtype)
+    except RuntimeError as error:  # others may have taken the room meanwhile
+        return f"{SHARED_MEMORY} gave no memory ({str(error).splitlines()[0]})"

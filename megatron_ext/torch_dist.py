@@ -91,6 +91,10 @@ class TorchDistReader:
             return torch.load(self.folder / COMMON_NAME, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{self.folder / COMMON_NAME} holds more than plain values: {error}") from error
+        except (EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.folder / COMMON_NAME} is damaged ({error}); restore it, or take another checkpoint"
+            ) from error
 
     def size(self, name: str) -> tuple[int, ...]:
         return tuple(self._stored(name).size)
@@ -171,7 +175,10 @@ def find_checkpoint(folder: Path) -> Path:
         )
     if absent:
         raise ValueError(f"{folder} is not whole: it has no {', '.join(absent)}; its saving was probably cut off")
-    config = json.loads((folder / CONFIG_NAME).read_text())
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged ({error}); take another checkpoint") from error
     if config.get("sharded_backend") != "torch_dist":
         raise ValueError(
             f"{folder} is stored as {config.get('sharded_backend')!r}; only 'torch_dist' is read. "

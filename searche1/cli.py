@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -13,10 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from searche1.types import SharedError, Stopped, UserError
+from searche1.types import SharedError, Stopped, UserError, disk_fault
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,50 +49,46 @@ def _guarded(command: Callable[[], int | None]) -> int:
     status = Path(status_file)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and status.is_file() and status.read_text():
         return 0  # a rank that ended in order took others down with it, who were started again
-    code, is_in_order = _run(command)
-    if not is_in_order:
-        return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    code, is_told, is_shared = _run(command)
+    if is_told and os.environ.get("LOCAL_RANK", "0") == "0":
         status.write_text(str(code))
-    return 0
+    # Ranks that do not end by themselves are ended by torchrun, which needs one to fail.
+    return 0 if is_shared else code
 
 
-def _run(command: Callable[[], int | None]) -> tuple[int, bool]:
-    """The exit code, and whether all ranks end alike and know why."""
-    is_speaker = os.environ.get("RANK", "0") == "0"
+def _run(command: Callable[[], int | None]) -> tuple[int, bool, bool]:
+    """The exit code, whether it has been said why, and whether all ranks end alike."""
+    is_speaker, is_alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     sys.unraisablehook = _keep_interrupt
     try:
-        return command() or 0, True
+        return command() or 0, True, True
     except Stopped as error:
         if is_speaker:
             print(f"searche1: {error}", file=sys.stderr)
-        return STOPPED, True
+        return STOPPED, True, True
     except UserError as error:
+        is_shared = isinstance(error, SharedError)
         if is_speaker:
             print(f"searche1: error: {error}", file=sys.stderr)
         else:
             time.sleep(2)  # torchrun ends all ranks when one ends: let rank 0 speak first
-        return 2, is_speaker or isinstance(error, SharedError)
+        return 2, is_speaker or is_shared, is_alone or is_shared
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if (told := disk_fault(error)) is None:
             raise
-        print(
-            f"searche1: error: {error.filename or 'a file'} could not be written: {error.strerror}; make room or "
-            "mend the disk and run the same command again: it continues from what is whole",
-            file=sys.stderr,
-        )
-        return 2, is_speaker
+        print(f"searche1: error: {told}", file=sys.stderr)
+        return 2, is_speaker, is_alone
     except RuntimeError as error:
         if not ("gloo" in str(error) and "by peer" in str(error)):
             raise
         # What gloo says when the process at the other end is gone; why it went, it has said itself.
         where = os.environ.get("RANK", "0")
         print(f"searche1: error on rank {where}: another rank has ended; see what it said", file=sys.stderr)
-        return 1, False
+        return 1, False, False
     except KeyboardInterrupt:
         if is_speaker:
             print("\nsearche1: stopped; the same command continues from the last finished piece", file=sys.stderr)
-        return 130, True
+        return 130, True, True
 
 
 def _keep_interrupt(unraisable: sys.UnraisableHookArgs) -> None:

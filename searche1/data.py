@@ -65,6 +65,19 @@ def _placed_questions(path: Path) -> Iterator[tuple[str, Question]]:
 
 
 def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:
+    for place, row in read_jsonl(path):
+        missing = [key for key in JSONL_KEYS if key not in row]
+        if missing:
+            raise UserError(
+                f"{place}: missing {', '.join(missing)}; a question needs {', '.join(JSONL_KEYS)} "
+                f"and this one has {', '.join(row)}"
+            )
+        question = make_question(row["id"], row["question"], row["golden_answers"], row["data_source"], place=place)
+        yield place, question
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the object) of each line that is not blank. Raises UserError."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -84,39 +97,35 @@ def _jsonl_questions(path: Path) -> Iterator[tuple[str, Question]]:
                 raise UserError(f"{place}: not readable JSON ({error}); every line must be one JSON object") from error
             if not isinstance(row, dict):
                 raise UserError(f"{place}: expected a JSON object, got {type(row).__name__}")
-            missing = [key for key in JSONL_KEYS if key not in row]
-            if missing:
-                raise UserError(
-                    f"{place}: missing {', '.join(missing)}; a question needs {', '.join(JSONL_KEYS)} "
-                    f"and this one has {', '.join(row)}"
-                )
-            yield (
-                place,
-                make_question(row["id"], row["question"], row["golden_answers"], row["data_source"], place=place),
-            )
+            yield place, row
 
 
 def _parquet_questions(path: Path) -> Iterator[tuple[str, Question]]:
     """Search-R1's files: the id is `extra_info.index`, the answers are those its reward function reads."""
+    for place, row in read_parquet(path, columns=PARQUET_COLUMNS):
+        index = _field(row, "extra_info", "index", place=place)
+        answers = _field(row, "reward_model", "ground_truth", "target", place=place)
+        yield place, make_question(index, row["question"], answers, row["data_source"], place=place)
+
+
+def read_parquet(path: Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the row) of each; of some columns, which must be there, or of all. Raises UserError."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        columns = pyarrow.parquet.read_schema(path).names
-        missing = [name for name in PARQUET_COLUMNS if name not in columns]
+        found = pyarrow.parquet.read_schema(path).names
+        missing = [name for name in columns if name not in found]
         if missing:
             raise UserError(
                 f"{path}: missing the columns {', '.join(missing)}; Search-R1's files have "
-                f"{', '.join(PARQUET_COLUMNS)} and this one has {', '.join(columns)}"
+                f"{', '.join(columns)} and this one has {', '.join(found)}"
             )
-        rows = pyarrow.parquet.read_table(path, columns=list(PARQUET_COLUMNS)).to_pylist()
+        rows = pyarrow.parquet.read_table(path, columns=list(columns) or None).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:  # the second is Arrow's too, of a damaged page
         raise UserError(f"{path} is not a readable parquet file: {error}; download or write it again") from error
     for number, row in enumerate(rows):
-        place = f"{path}, row {number}"
-        index = _field(row, "extra_info", "index", place=place)
-        answers = _field(row, "reward_model", "ground_truth", "target", place=place)
-        yield place, make_question(index, row["question"], answers, row["data_source"], place=place)
+        yield f"{path}, row {number}", row
 
 
 def _field(row: dict[str, Any], *names: str, place: str) -> Any:

@@ -28,7 +28,7 @@ from searche1.metrics import Phases, rollout_metrics
 from searche1.packing import PackedBatch, Sample, make_batches, row_weights, sample_of, sharing_of
 from searche1.policy import Policy
 from searche1.session import Session
-from searche1.types import Group, SharedError, Stopped, Trajectory, UserError
+from searche1.types import Group, SharedError, Stopped, Trajectory
 
 
 def group_advantages(rewards: Sequence[float], *, eps: float) -> list[float]:
@@ -223,7 +223,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
             updates = grpo_step(policy, reference, groups, config=config, lr=lr)
         values = log_step(session, stage, step, groups, updates, phases, is_sampled_before=is_sampled_before)
         if all(update["is_skipped"] for update in updates):
-            raise UserError(
+            raise SharedError(
                 f"{stage} step {step + 1}: no update had a finite gradient, so the weights did not move; "
                 "the same would happen again. Lower grpo.lr, or look at metrics.jsonl for the step where it began"
             )
@@ -303,7 +303,7 @@ def grpo_step(
     temperature = config.rollout.temperature
     samples = trained_samples(groups, advantage_eps=settings.advantage_eps)
     if not samples:
-        raise UserError("every trajectory of a rollout batch failed; see the engine and retriever logs")
+        raise SharedError("every trajectory of a rollout batch failed; see the engine and retriever logs")
     packed = []
     for part in mini_batches(samples, settings.mini_batch_size):
         batches = make_batches(

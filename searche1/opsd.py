@@ -228,7 +228,7 @@ def collect_pairs(
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         atomic_write_text(folder / "pairs.jsonl", lines)
     if not pairs:
-        raise UserError(
+        raise SharedError(
             f"no pair could be mined from {len(groups)} questions (see {folder / 'pairs.jsonl'}); "
             "the policy answers nothing or always the same: train GRPO longer or raise pool.rollouts_per_question"
         )

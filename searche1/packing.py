@@ -23,7 +23,7 @@ from megatron_ext.attention import context_positions
 from megatron_ext.parallel import Layout
 from megatron_ext.prefixes import Prefix
 from megatron_ext.training import MicroBatch
-from searche1.types import Trajectory, UserError
+from searche1.types import SharedError, Trajectory, UserError
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ def share_of_rank(costs: Sequence[float], *, rank: int, num_ranks: int) -> list[
 
 def bins_by_budget(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
     """Bins of at most `max_tokens`, longest items first into the first bin with room (at most 11/9 of the fewest bins
-    possible, and one). Raises UserError if one item alone is larger.
+    possible, and one). Raises SharedError if one item alone is larger: every rank packs the same.
     """
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if length > max_tokens:
-            raise UserError(
+            raise SharedError(
                 f"a trajectory has {length} tokens but train.max_tokens is {max_tokens}; "
                 "raise train.max_tokens or lower rollout.max_context_tokens"
             )

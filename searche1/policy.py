@@ -28,7 +28,8 @@ from megatron_ext.hf_io import (
     load_hf_weights,
     save_hf,
 )
-from megatron_ext.hf_mapping import ModelShape, hf_sizes, model_shape
+from megatron_ext.hf_mapping import ModelShape, hf_sizes
+from megatron_ext.known_models import folder_shape
 from megatron_ext.lora import (
     Adapter,
     LoraSettings,
@@ -71,13 +72,11 @@ def check_model(model_path: Path, layout: Layout, train: TrainConfig) -> None:
 
 
 def read_shape(model_path: Path) -> ModelShape:
-    """The model's numbers from its config.json."""
-    from transformers import AutoConfig
-
+    """The model's numbers from its config.json. Raises UserError."""
     try:
-        return model_shape(AutoConfig.from_pretrained(model_path))
-    except OSError as error:
-        raise UserError(f"{model_path} holds no readable config.json: {str(error).splitlines()[0]}") from error
+        return folder_shape(model_path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def model_settings(train: TrainConfig, layout: Layout) -> ModelSettings:
@@ -277,7 +276,7 @@ class Policy:
         self._optimizer.zero_grad()
         with out_of_memory_told(self._train):
             kept = run_schedule(self._ddp, [b.inputs for b in batches], loss, self.layout, forward_only=False)
-        update = apply_update(self._optimizer, lr=lr)
+            update = apply_update(self._optimizer, lr=lr)  # Adam makes its state in its first step
         self.version += 1
         metrics = self._reduce_metrics(kept)
         return {**metrics, "grad_norm": update.grad_norm, "is_skipped": float(not update.is_applied), "lr": lr}
@@ -458,6 +457,7 @@ class Policy:
     def load_checkpoint(self, folder: Path) -> int:
         """Returns the step that was saved. Collective."""
         assert self._ddp is not None and self.is_on_device
-        state = load_checkpoint(self._ddp, self._optimizer, folder, only_trained=self.has_adapters)
+        with out_of_memory_told(self._train):
+            state = load_checkpoint(self._ddp, self._optimizer, folder, only_trained=self.has_adapters)
         self.version = state["version"]
         return state["step"]

@@ -6,17 +6,15 @@ by its test set where there is one, else by its dev set.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from searche1.benchmarks import BENCHMARKS
 from searche1.config import PromptConfig
-from searche1.data import load_questions, make_question
+from searche1.data import load_questions, make_question, read_jsonl, read_parquet
 from searche1.prompts import student_prompt
 from searche1.rewards import normalize_answer
 from searche1.runs import atomic_path, atomic_write_json
@@ -121,34 +119,13 @@ def read_split(folder: Path, name: str, splits: Sequence[str]) -> list[Row]:
 
 
 def _read_rows(path: Path, name: str, split: str) -> Iterator[Row]:
-    for number, row in enumerate(_raw_rows(path)):
-        place = f"{path}, row {number + 1}"
+    rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+    for number, (place, row) in enumerate(rows):
         missing = [key for key in ("question", "golden_answers") if row.get(key) is None]
         if missing:
             raise UserError(f"{place}: missing {', '.join(missing)}; this row has {', '.join(row)}")
         question = make_question(number, row["question"], row["golden_answers"], name, place=place)
         yield Row(question, str(row.get("id", f"{split}_{number}")), split)
-
-
-def _raw_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path} is not a readable parquet file: {error}; download it again") from error
-        return
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); download it again") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            yield row
 
 
 def _prepared(path: Path, split: str) -> list[Row]:
@@ -199,6 +176,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     import pyarrow.parquet
 
     prompt = PromptConfig()
+    as_index = int if all(row.question.id.isdecimal() for row in rows) else str  # numbers, in Search-R1's files
     table = pyarrow.Table.from_pylist(
         [
             {
@@ -209,7 +187,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
                 "prompt": [{"role": "user", "content": student_prompt(row.question.text, prompt)}],
                 "ability": "fact-reasoning",
                 "reward_model": {"style": "rule", "ground_truth": {"target": list(row.question.answers)}},
-                "extra_info": {"split": row.split, "index": int(row.question.id)},
+                "extra_info": {"split": row.split, "index": as_index(row.question.id)},
             }
             for row in rows
         ]

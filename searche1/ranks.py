@@ -11,9 +11,19 @@ import torch.distributed as dist
 
 from megatron_ext.heartbeat import BEAT_EVERY_S, Heartbeat
 from megatron_ext.parallel import Layout
-from searche1.types import SharedError, Stopped, UserError
+from searche1.types import SharedError, Stopped, UserError, disk_fault
 
 T = TypeVar("T")
+
+
+def _told(function: Callable[[], T]) -> T:
+    """Its result; a fault of the disk becomes a UserError, so that no rank waits for one that has met it."""
+    try:
+        return function()
+    except OSError as error:
+        if (told := disk_fault(error)) is None:
+            raise
+        raise told from error
 
 
 class Ranks:
@@ -40,7 +50,7 @@ class Ranks:
         if self.is_writer:
             try:
                 with self._beating() if beats else contextlib.nullcontext():
-                    outcome = [(function(), None)]
+                    outcome = [(_told(function), None)]
             except UserError as error:
                 outcome = [(None, error)]
         if self.world_size > 1:
@@ -83,7 +93,7 @@ class Ranks:
         """
         own: tuple[T | None, str] = (None, "")
         try:
-            own = (function(), "")
+            own = (_told(function), "")
         except UserError as error:
             own = (None, str(error))
         outcomes = [own]

@@ -6,9 +6,11 @@ what a person reads; ids are converted once, where they are sampled or observed.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any, Literal
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 Author = Literal["policy", "environment"]
 # What a policy span asked for, or what the environment answered with.
 SpanKind = Literal["search", "answer", "invalid", "final", "information", "error"]
@@ -28,6 +30,16 @@ class SharedError(UserError):
 
 class Stopped(SharedError):
     """A run stopped because it was asked to, with everything on the disk that it needs to continue."""
+
+
+def disk_fault(error: OSError) -> UserError | None:
+    """What a person reads of a disk that is full or breaks; None for any other fault, which is a bug of ours."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'} could not be written: {error.strerror}; make room or mend the disk and run the "
+        "same command again: it continues from what is whole"
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from megatron_ext.convert import (
     megatron_to_hf,
 )
 from megatron_ext.hf_io import CONFIG_NAME, SHARD_BYTES, HFReader, check_weights, refuse_to_overwrite
-from megatron_ext.hf_mapping import ModelShape, model_shape
+from megatron_ext.hf_mapping import ModelShape
+from megatron_ext.known_models import folder_shape
 from megatron_ext.torch_dist import TorchDistReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,7 +98,7 @@ def parsed() -> argparse.Namespace:
 
 
 def to_megatron(arguments: argparse.Namespace) -> None:
-    shape, dtype = read_shape(arguments.hf), DTYPES.get(arguments.dtype)
+    shape, dtype = folder_shape(arguments.hf), DTYPES.get(arguments.dtype)
     refuse_to_overwrite(arguments.hf, arguments.out)
     divided = {"key-value heads": shape.num_kv_heads, "MLP features": shape.expert_ffn_size or shape.ffn_size}
     for what, number in divided.items():
@@ -121,7 +122,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     reader, dtype = TorchDistReader(arguments.megatron), DTYPES.get(arguments.dtype)
     refuse_to_overwrite(arguments.megatron, arguments.out)
     config_from = arguments.config_from or find_config(arguments.megatron)
-    shape = read_shape(config_from)
+    shape = folder_shape(config_from)
     if not arguments.shard_gb > 0:
         raise ValueError(f"--shard-gb must be above 0, got {arguments.shard_gb}")
     check_checkpoint(reader, shape)
@@ -148,16 +149,6 @@ def find_config(checkpoint: Path) -> Path:
         f"{checkpoint} has no {HF_FOLDER}/{CONFIG_NAME} beside it, so the model's config and tokenizer are unknown; "
         "give --config-from with the HuggingFace folder that the model came from"
     )
-
-
-def read_shape(folder: Path) -> ModelShape:
-    from transformers import AutoConfig
-
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG_NAME}; give a local HuggingFace folder (hf download NAME --local-dir DIR)"
-        )
-    return model_shape(AutoConfig.from_pretrained(folder))
 
 
 class Progress:

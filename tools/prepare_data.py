@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; give a folder that can be written as --out", file=sys.stderr)
+        return 2
     show(report, given.out)
     return 0
 

@@ -27,21 +27,35 @@ def with_train(config: Config, *, recompute: str, max_tokens: int) -> Config:
     )
 
 
+def with_least_memory(config: Config) -> Config:
+    """With what is left open as a GPU needs least of: full recompute, one longest trajectory."""
+    train = config.train
+    return with_train(
+        config,
+        recompute=RECOMPUTE_MODES[-1] if train.recompute == "auto" else train.recompute,
+        max_tokens=train.max_tokens or _least_tokens(config),
+    )
+
+
+def _least_tokens(config: Config) -> int:
+    return -(-longest_trajectory(config) // STEP) * STEP
+
+
 def fit_to_gpu(config: Config, shape: ModelShape, cluster: Cluster, guess: Assumptions) -> Config:
     """The config with `train.recompute=auto` and `train.max_tokens=0` replaced by what the GPU holds.
 
     The mode that repeats least, with a pack of at least two longest trajectories; both training phases must fit. Where
-    nothing does, full recompute and one longest trajectory: the least that can run.
+    nothing does, the least that can run. The layout must be one that the GPUs can hold.
     """
     train = config.train
     modes = RECOMPUTE_MODES if train.recompute == "auto" else (train.recompute,)
-    least = -(-longest_trajectory(config) // STEP) * STEP
+    least = _least_tokens(config)
 
     def fits(mode: str, tokens: int) -> bool:
         memory = memory_of(with_train(config, recompute=mode, max_tokens=tokens), shape, cluster, guess)
         return all(phase.fits for phase in memory.phases if phase.name.startswith("train"))
 
-    fallback = with_train(config, recompute=modes[-1], max_tokens=train.max_tokens or least)
+    fallback = with_least_memory(config)
     for mode in modes:
         sizes = [train.max_tokens] if train.max_tokens else range(max(MOST_TOKENS, least), least - 1, -STEP)
         tokens = next((size for size in sizes if fits(mode, size)), 0)

@@ -12,6 +12,7 @@ from megatron_ext.memory import (
     ParallelSizes,
     TrainingPass,
     activation_bytes,
+    adam_bytes,
     engine_weight_bytes,
     head_bytes,
     kv_bytes,
@@ -139,7 +140,7 @@ def engine_cache(config: Config, shape: ModelShape, cluster: Cluster) -> Cache:
     free = engine.mem_fraction * cluster.gpu.memory - weights
     tokens = int(free // kv_bytes(shape, engine.tensor, dtype_bytes(config)))
     return Cache(
-        engines=engine.count or cluster.world // engine.tensor,
+        engines=engine.count or max(1, cluster.world // engine.tensor),
         tokens=min(tokens, engine.max_total_tokens or tokens),
         longest=max(longest_trajectory(config), config.opsd.max_teacher_tokens) + rollout.max_response_tokens,
         trajectory=longest_trajectory(config),
@@ -203,7 +204,8 @@ def _training(
         # Once the activations of a micro-batch are gone there is room for the embedding's gradient, and for the float32
         # tensor that torch's own Adam holds of its share.
         room = found.saved / (sizes.pipeline - stage)
-        late = max(0 if lora_rank else _embedding_gradient(shape, sizes, stage) * b, state.optimizer / 12 * 4) - room
+        embedding = 0 if lora_rank else _embedding_gradient(shape, sizes, stage) * b
+        late = max(embedding, state.optimizer / adam_bytes(b) * 4) - room
         busy = max(found.work, loss, late)
         by_stage.append(
             [

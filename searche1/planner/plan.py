@@ -25,7 +25,7 @@ from searche1.planner.advice import (
     rank_layouts,
     settings_refusal,
 )
-from searche1.planner.fit import fit_to_gpu, leaves_open
+from searche1.planner.fit import fit_to_gpu, leaves_open, with_least_memory
 from searche1.planner.hardware import Assumptions, Cluster, Lengths
 from searche1.planner.phases import sizes_of
 from searche1.planner.speed import running_together
@@ -68,7 +68,8 @@ def make_plan(
     shape = shape_of(config)
     guess = guess or Assumptions()
     if leaves_open(config):
-        config = fit_to_gpu(config, shape, cluster, guess)
+        least = with_least_memory(config)
+        config = least if layout_refusal(least, shape, cluster) else fit_to_gpu(config, shape, cluster, guess)
     setting = Setting(config, shape, cluster, guess, lengths or Lengths())
     sizes = sizes_of(config, cluster.world)
     layout_problem = layout_refusal(config, shape, cluster)

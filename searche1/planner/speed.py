@@ -12,6 +12,7 @@ from megatron_ext.hf_mapping import ModelShape
 from megatron_ext.memory import (
     ParallelSizes,
     Parameters,
+    adam_bytes,
     engine_weight_bytes,
     kv_bytes,
     model_parameters,
@@ -73,12 +74,12 @@ def step_time(
     training = _pass_time(config, shape, sizes, cluster, rates, lengths, per_update, is_training=True)
     held = max((stage_parameters(shape, sizes, s) for s in range(sizes.pipeline)), key=lambda held: held.total)
     weights = held.total * b
-    share = _optimizer_share(config, sizes, held)
+    share, state = _optimizer_share(config, sizes, held), adam_bytes(b)
     parts = []
     if cache is not None:
         parts += _rollout_parts(config, shape, cluster, cache, guess, lengths)
     if is_offloaded(config):
-        parts.append(Duration("trainer state to the host and back", 2 * (weights + 12 * share) / rates.host))
+        parts.append(Duration("trainer state to the host and back", 2 * (weights + state * share) / rates.host))
     if updates > 1:  # the first update finds its own
         parts.append(Duration("old logprobs", (updates - 1) * forward))
     if config.grpo.kl_coef:
@@ -89,7 +90,7 @@ def step_time(
         Duration(
             "gradients and weights between replicas", updates * _replica_time(config, sizes, cluster, rates, held)
         ),
-        Duration("Adam", updates * share * (4 + 12 + 12 + b) / rates.memory),
+        Duration("Adam", updates * share * (4 + 2 * state + b) / rates.memory),
         Duration("weight sync", _sync_time(shape, sizes, cluster, rates, b)),
     ]
     return StepTime(tuple(parts), _opsd_time(config, shape, sizes, cluster, rates, lengths), sequences, updates)

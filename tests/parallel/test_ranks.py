@@ -56,6 +56,16 @@ try:
     ranks.from_writer(fail_on(0))
 except UserError as error:
     say("told by writer:", error)
+
+
+def full_disk():
+    raise OSError(28, "No space left on device", "rollouts.gz")
+
+
+try:
+    ranks.from_writer(full_disk)
+except UserError as error:
+    say("told by writer:", str(error).partition(";")[0])
 say("long", ranks.from_writer(work(5.0, beats=True)))
 if "hang" in sys.argv:
     try:
@@ -91,6 +101,7 @@ def test_results_and_mistakes_reach_every_rank_and_long_work_with_beats_is_waite
             "told rank 0 cannot",
             "told rank 1 cannot",
             "told by writer: rank 0 cannot",
+            "told by writer: rollouts.gz could not be written: No space left on device",
             "long done",
         ]
 

@@ -150,6 +150,15 @@ def test_a_checkpoint_that_was_cut_off_is_not_whole(checkpoint, name):
         TorchDistReader(checkpoint)
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("name", ["metadata.json", "common.pt"])
+def test_a_record_that_was_cut_is_told(checkpoint, name, share):
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        TorchDistReader(checkpoint).common()
+
+
 def test_a_short_or_missing_file_is_not_whole(checkpoint):
     file = next(checkpoint.glob("*.distcp"))
     whole = file.read_bytes()
@@ -352,7 +361,7 @@ def test_the_program_refuses_in_words(qwen2, checkpoint, tmp_path, monkeypatch, 
     out = ("--out", tmp_path / "new")
     lonely = shutil.copytree(checkpoint, tmp_path / "lonely" / "deep")
     for arguments, message in (
-        (("hf-to-megatron", "--hf", tmp_path / "none", *out), "has no config.json; give a local HuggingFace folder"),
+        (("hf-to-megatron", "--hf", tmp_path / "none", *out), "give a local HuggingFace folder (hf download"),
         (("hf-to-megatron", "--hf", source, "--out", checkpoint), "is already there; remove it, or give another --out"),
         (
             ("hf-to-megatron", "--hf", source, *out, "--tensor", "3"),

@@ -1,11 +1,14 @@
 """The trainer's C++ layers for CPUs against PyTorch in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from megatron_ext import cpu_layers
+from megatron_ext.cpu import _rotary
 from megatron_ext.cpu_layers import (
     attention,
     can_attend,
@@ -150,6 +153,17 @@ def test_rotary_positions_are_megatrons(size, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cos", lambda _: pytest.fail("a layer computed the same cosines again"))
     assert torch.equal(rotate(x, angles), found)
     assert rotate(x.bfloat16(), angles) is None and rotate(x, angles[:5]) is None
+
+
+@pytest.mark.parametrize(("ranks", "is_ours"), [(None, True), (1, True), (2, False)])
+def test_context_parallel_ranks_turn_by_positions_and_not_by_rows(ranks, is_ours):
+    """Their table has an angle a position, and may be as long as a pack."""
+    angles = torch.rand(8, 1, 1, 32)
+    options = {} if ranks is None else {"cp_group": SimpleNamespace(size=lambda: ranks)}
+    turn = _rotary(lambda *_, **__: "Megatron's")
+    config = SimpleNamespace(rotary_interleaved=False, multi_latent_attention=False)
+    found = turn(torch.randn(8, 2, 32), angles, config, **options)
+    assert isinstance(found, torch.Tensor) if is_ours else found == "Megatron's"
 
 
 @pytest.mark.parametrize(("rows", "width"), [(16, 8), (272, 24), (528, 100), (260, 16), (7, 3)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from one_policy import (
     ADAM,
@@ -29,7 +30,7 @@ from megatron_ext.checkpoint import find_damage
 from megatron_ext.flops import head_flops, layer_flops
 from searche1.packing import make_batches, pack, row_weights
 from searche1.policy import read_shape
-from searche1.types import UserError
+from searche1.types import UserError, disk_fault
 
 # -- updates --------------------------------------------------------------------------------------
 
@@ -251,6 +252,19 @@ def test_a_checkpoint_replaces_an_older_one_of_the_same_name(make_policy, tmp_pa
         policy.save_checkpoint(tmp_path / "last", step=step)
         policy.finish_checkpoint()
     assert make_policy().load_checkpoint(tmp_path / "last") == 2
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_begins_is_a_fault_of_the_disk(make_policy, tmp_path, monkeypatch):
+    policy = make_policy()
+    update(policy)
+
+    def save(*_: object, **__: object) -> None:
+        torch.save({"step": torch.zeros(100_000)}, "/dev/full")
+
+    monkeypatch.setattr(dist_checkpointing, "save", save)
+    with pytest.raises(OSError, match="the disk is full or broken") as caught:
+        policy.save_checkpoint(tmp_path / "step_1", step=1)
+    assert "could not be written" in str(disk_fault(caught.value))
 
 
 def test_a_gpu_without_memory_left_names_the_settings_that_decide(make_policy):

@@ -223,6 +223,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 DEFECTS = {
     "dora": (lambda a: edited(a, use_dora=True), "use_dora=True, which cannot be merged here"),
     "ranks": (lambda a: edited(a, rank_pattern={"q_proj": 2}), "rank_pattern="),
+    "start": (lambda a: edited(a, init_lora_weights="pissa_niter_4"), "took from the base what the adapter began with"),
     "kind": (lambda a: edited(a, peft_type="IA3"), "holds a IA3 adapter"),
     "json": (lambda a: (a / "adapter_config.json").write_text("{"), "is not valid JSON"),
     "no config": (

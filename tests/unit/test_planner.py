@@ -193,6 +193,8 @@ def keys(sizes):
     (["parallel.sequence=true"], r"set parallel\.sequence=false"),
     (["engine.tensor=3"], r"set engine\.tensor to a divisor of both"),
     (["engine.count=9"], r"set engine\.count=0"),
+    (["engine.tensor=16"], r"set engine\.tensor to a divisor of both"),
+    (["parallel.tensor=16", "train.recompute=auto"], r"use a multiple of 16 GPUs"),
     (["train.max_tokens=4096"], r"set train\.max_tokens=6144 or more"),
 ])  # fmt: skip
 def test_a_wrong_layout_is_told_with_its_remedy(overrides, remedy):

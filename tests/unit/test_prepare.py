@@ -120,9 +120,11 @@ def test_mistakes_are_told(source, tmp_path, monkeypatch, capsys):
     assert "--hold-out is 0" in told("--source", str(source), "--hold-out", "0")
     path = source / "nq" / "train.jsonl"
     path.write_text(path.read_text() + '{"question": "no answers?"}\n')
-    assert "row 41: missing golden_answers" in told("--source", str(source), "--any-size")
+    assert "line 41: missing golden_answers" in told("--source", str(source), "--any-size")
     path.write_text('{"question"')
     assert "line 1: not valid JSON" in told("--source", str(source), "--any-size")
+    path.write_bytes(b'{"question": "caf\xe9"}\n')
+    assert "line 1: not UTF-8 at byte" in told("--source", str(source), "--any-size")
     assert not (tmp_path / "out").exists()
 
 

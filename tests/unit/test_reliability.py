@@ -73,22 +73,26 @@ def test_any_other_fault_of_a_file_is_a_bug_and_is_shown_as_one():
 
 
 @pytest.mark.parametrize(
-    ("rank", "error", "code", "written"),
+    ("rank", "world", "error", "code", "written"),
     [
-        ("0", Stopped("x"), 0, "75"),
-        ("0", UserError("x"), 0, "2"),
-        ("1", SharedError("x"), 0, ""),  # rank 0 says the same
-        ("1", UserError("x"), 2, ""),  # nobody else knows
+        ("0", "2", Stopped("x"), 0, "75"),
+        ("0", "2", SharedError("x"), 0, "2"),
+        ("0", "1", UserError("x"), 0, "2"),
+        ("0", "2", UserError("x"), 2, "2"),  # the others wait for it: torchrun has to end them
+        ("0", "2", OSError(28, "No space left on device", "x"), 2, "2"),
+        ("1", "2", SharedError("x"), 0, ""),  # rank 0 says the same
+        ("1", "2", UserError("x"), 2, ""),  # nobody else knows
     ],
 )
 def test_under_launch_sh_an_end_in_order_is_no_reason_to_start_ranks_again(
-    rank, error, code, written, tmp_path, monkeypatch
+    rank, world, error, code, written, tmp_path, monkeypatch
 ):
     status = tmp_path / "status"
     status.touch()
     monkeypatch.setenv("SEARCHE1_STATUS", str(status))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert _guarded(raising(error)) == code
     assert status.read_text() == written

@@ -65,6 +65,13 @@ def test_no_memory_is_shared_where_there_is_no_room_for_it(tmp_path, monkeypatch
         found = shared_weights(shape, torch.float32)
         assert isinstance(found, SharedWeights) if has_room else "--shm-size" in found
     monkeypatch.undo()
+
+    def nothing_left(num_bytes: int) -> None:  # another engine's lead was quicker
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_filename_cpu", nothing_left)
+    assert "gave no memory (unable to allocate" in shared_weights(shape, torch.float32)
+    monkeypatch.undo()
     monkeypatch.setattr("megatron_ext.shared_weights.SHARED_MEMORY", tmp_path / "nothing")
     assert "mount a tmpfs" in shared_weights(shape, torch.float32)
 
