@@ -77,7 +77,7 @@ class CheckpointWriter:
         try:
             request = dist_checkpointing.save({**sharded, "state": state}, str(partial), async_sharded_save=True)
         except RuntimeError as error:  # the first rank writes plain values at once, and torch tells no OSError
-            if not any(words in str(error) for words in ("iostream error", "PytorchStreamWriter failed")):
+            if not any(words in str(error) for words in ("iostream error", "inline_container")):
                 raise
             raise OSError(
                 errno.EIO, f"the disk is full or broken ({str(error).splitlines()[0]})", str(partial)
