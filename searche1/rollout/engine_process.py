@@ -109,6 +109,7 @@ def engine_environment(kind: str, *, host: str, tensor: int) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN_PREFIXES)}
     if kind == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # spinning threads on shared cores cost ten times
+        environment.setdefault("SGLANG_SCHEDULER_MAX_RECV_PER_POLL", "16")  # of a burst the first start meanwhile
         if tensor > 1:
             environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(tensor))
     # Logprobs of the distribution at temperature 1 whatever the sampling temperature, as Completion promises.
