@@ -50,7 +50,7 @@ def _guarded(command: Callable[[], int | None]) -> int:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and status.is_file() and status.read_text():
         return 0  # a rank that ended in order took others down with it, who were started again
     code, is_told, is_shared = _run(command)
-    if is_told and os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_told and (os.environ.get("LOCAL_RANK", "0") == "0" or not is_shared):
         status.write_text(str(code))
     # Ranks that do not end by themselves are ended by torchrun, which needs one to fail.
     return 0 if is_shared else code
@@ -70,14 +70,16 @@ def _run(command: Callable[[], int | None]) -> tuple[int, bool, bool]:
         is_shared = isinstance(error, SharedError)
         if is_speaker:
             print(f"searche1: error: {error}", file=sys.stderr)
-        else:
+        elif is_shared:
             time.sleep(2)  # torchrun ends all ranks when one ends: let rank 0 speak first
-        return 2, is_speaker or is_shared, is_alone or is_shared
+        else:
+            print(f"searche1: error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 2, True, is_alone or is_shared
     except OSError as error:
         if (told := disk_fault(error)) is None:
             raise
         print(f"searche1: error: {told}", file=sys.stderr)
-        return 2, is_speaker, is_alone
+        return 2, True, is_alone
     except RuntimeError as error:
         if not ("gloo" in str(error) and "by peer" in str(error)):
             raise

@@ -67,6 +67,8 @@ def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> 
     needs += ["test"] if config.cycle.evaluate_stages else []
     with open_session(config, needs=needs, prepare=prepare) as session:
         model = session.model_path
+        # What is finished goes on with more cycles: until their end it has no final model.
+        session.from_writer(lambda: set_final_model(session.run, None))
         for stage in stages(session):
             model = run_stage(session, stage, model)
             if session.from_writer(partial(is_last, config, stage.name)):

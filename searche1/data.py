@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import itertools
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,8 @@ def question_files(path: Path) -> list[Path]:
             f"question file not found: {path}; give an existing .jsonl or .parquet file "
             "(Search-R1's parquet files are read as they are)"
         )
+    if not os.access(path, os.R_OK):
+        raise UserError(f"question file {path} may not be read by this user; chmod it, or give another")
     return [path]
 
 

@@ -225,7 +225,7 @@ def run_grpo_round(session: Session, *, model_path: Path, stage: str, round_inde
         if all(update["is_skipped"] for update in updates):
             raise SharedError(
                 f"{stage} step {step + 1}: no update had a finite gradient, so the weights did not move; "
-                "the same would happen again. Lower grpo.lr, or look at metrics.jsonl for the step where it began"
+                "the same would happen again. See in metrics.jsonl where it began; lower grpo.lr, in a new run.out"
             )
         step += 1
         action = session.from_writer(functools.partial(watch.step, step, values))

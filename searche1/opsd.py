@@ -32,7 +32,7 @@ from searche1.prompts import teacher_prompt
 from searche1.rollout.sampler import Start
 from searche1.runs import PAIR_KL_FILE, SELECTION_FILE, atomic_write_json, atomic_write_text
 from searche1.session import Session
-from searche1.types import Group, SharedError, Trajectory, UserError
+from searche1.types import Group, SharedError, Stopped, Trajectory, UserError
 
 # -- the loss (Eq. 7) -----------------------------------------------------------------------------
 
@@ -230,7 +230,8 @@ def collect_pairs(
     if not pairs:
         raise SharedError(
             f"no pair could be mined from {len(groups)} questions (see {folder / 'pairs.jsonl'}); "
-            "the policy answers nothing or always the same: train GRPO longer or raise pool.rollouts_per_question"
+            "the policy answers nothing or always the same: train GRPO longer or raise pool.rollouts_per_question, "
+            "in a new run.out"
         )
     num_wrong = sum(pair.student_reward == 0.0 for pair in pairs)
     session.tell(
@@ -294,7 +295,11 @@ def train_adapter(
             with phases("sync"):
                 session.sync(policy, stage=stage)
             with phases("validate"):
-                metrics["validation_em"] = validation_em(session, stage=stage, step=step)
+                try:
+                    metrics["validation_em"] = validation_em(session, stage=stage, step=step)
+                except Stopped:
+                    checkpoints.finish()  # of the validation before, which the same command continues from
+                    raise
             if metrics["validation_em"] > best_em:
                 best_em, best_step, best = metrics["validation_em"], step, candidate
             session.tell(f"{stage} step {step}/{len(order)}  validation EM {metrics['validation_em']:.3f}")

@@ -195,17 +195,18 @@ def only_run_in(directory: Path) -> Iterator[None]:
         yield
 
 
-def open_run(out: str | Path, config: Config) -> Run:
+def open_run(out: str | Path, config: Config, *, inputs: Mapping[str, Sequence[Path]] | None = None) -> Run:
     """A new run directory, or an earlier one to continue.
 
     Every start is added to provenance.json. Raises UserError if the directory holds a run whose
-    settings differ in anything but `HARMLESS_KEYS`.
+    settings differ in anything but `HARMLESS_KEYS`, or whose `inputs` have changed (`keep_inputs`).
     """
     directory = Path(out)
     _make_directory(directory)
     config_path = directory / "config.yaml"
     if config_path.exists():
         _refuse_other_settings(config_path, config)
+    keep_inputs(directory, inputs or {})
     atomic_write_text(config_path, config_to_yaml(config))
     provenance_path = directory / "provenance.json"
     starts = read_json(provenance_path)["starts"] if provenance_path.exists() else []
@@ -409,18 +410,22 @@ def file_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_inputs(directory: Path, inputs: Mapping[str, Path]) -> None:
-    """Remember a run's files and folders by size and checksum. Raises UserError if those of an earlier call differ."""
+def keep_inputs(directory: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Remember the files and folders behind some settings by size and checksum, in inputs.json.
+
+    Raises UserError if those of an earlier call differ.
+    """
     path = directory / "inputs.json"
     earlier = read_json(path) if path.exists() else {}
-    found = {name: file_records(file) for name, file in inputs.items()}
-    for name, file in inputs.items():
+    found = {name: {file.name: file_records(file) for file in files} for name, files in inputs.items()}
+    for name, files in inputs.items():
         if earlier.get(name, found[name]) != found[name]:
             raise UserError(
-                f"{file} has changed since {directory} began, so what is there and what would come now do not belong "
-                "together; restore it, or give another run.out (eval: --out)"
+                f"{name}={', '.join(map(str, files))} has changed since {directory} began, so what is there and what "
+                "would come now do not belong together; restore it, or give another run.out (eval: --out)"
             )
-    atomic_write_json(path, {**earlier, **found})
+    if inputs:
+        atomic_write_json(path, {**earlier, **found})
 
 
 def _sha256(file: Path) -> str:
@@ -450,8 +455,8 @@ def add_stage_row(run: Run, row: StageRow) -> Summary:
     return _write_summary(run, stages=tuple(stages.values()), final_model=summary.final_model)
 
 
-def set_final_model(run: Run, folder: str = "final") -> Summary:
-    """Names the folder of the finished model in summary.json."""
+def set_final_model(run: Run, folder: str | None = "final") -> Summary:
+    """Names the folder of the finished model in summary.json; None while a run is not finished, or no longer."""
     return _write_summary(run, stages=read_summary(run.directory).stages, final_model=folder)
 
 

@@ -12,7 +12,6 @@ import gc
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from megatron_ext.parallel import Layout, close_parallel, init_parallel
 from megatron_ext.vocab_parallel import native
 from searche1.colocation import Phase
 from searche1.config import Config
-from searche1.data import load_questions, read_groups, write_groups
+from searche1.data import load_questions, question_files, read_groups, write_groups
 from searche1.engines import Engines, places_of
 from searche1.health import HEALTH_FILE, Watch
 from searche1.metrics import MetricsLog, Phases, Tracker, WandbTracker
@@ -45,7 +44,7 @@ from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
 from searche1.rollout.servers import longest_context
-from searche1.runs import Run, keep_inputs, only_run_in, open_run, share_of_cores
+from searche1.runs import Run, only_run_in, open_run, share_of_cores
 from searche1.screen import Screen
 from searche1.stopping import StopRequest, end_on_interrupt
 from searche1.timeline import Timeline
@@ -182,9 +181,8 @@ class Session:
 
     def _open_run(self, settings: Config, stack: contextlib.ExitStack, needs: Sequence[str]) -> Run:
         stack.enter_context(only_run_in(Path(settings.run.out)))
-        run = open_run(settings.run.out, settings)
-        keep_inputs(run.directory, {f"data.{name}": Path(getattr(settings.data, name)) for name in needs})
-        return run
+        inputs = {f"data.{name}": question_files(Path(getattr(settings.data, name))) for name in needs}
+        return open_run(settings.run.out, settings, inputs=inputs)
 
     def _tracker(self) -> Tracker | None:
         project, directory = self.config.run.wandb, self.run.directory
@@ -492,13 +490,7 @@ def open_session(
     them on rank 0 where that is the run's own work.
     """
     with contextlib.ExitStack() as stack:
-        try:
-            yield Session(config, stack, needs, prepare)
-        except UserError as error:
-            # The command line lets rank 0 speak; what only another rank found would be told by nobody.
-            if not isinstance(error, SharedError) and not is_first_process():
-                print(f"searche1: error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
-            raise
+        yield Session(config, stack, needs, prepare)
 
 
 def is_first_process() -> bool:

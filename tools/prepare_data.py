@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; give a folder that can be written as --out", file=sys.stderr)
+        where = error.filename or given.out
+        print(f"error: {where}: {error.strerror or error}; see that it is there for you and has room", file=sys.stderr)
         return 2
     show(report, given.out)
     return 0

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from searche1.config import SEARCH_R1_USER, Config, RolloutConfig
 from searche1.console import open_console
-from searche1.data import load_questions
+from searche1.data import load_questions, question_files
 from searche1.evaluation.results import Provenance, write_results
 from searche1.evaluation.scores import ANSWERS_FILE, SCORES_FILE, Score, score, write_scores
 from searche1.evaluation.summary import summarize
@@ -40,7 +40,7 @@ from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.places import engine_places
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start, run_all
 from searche1.rollout.servers import engine_key, make_retriever_client, start_engine_at, start_retriever
-from searche1.runs import keep_inputs, only_run_in, open_run
+from searche1.runs import only_run_in, open_run
 from searche1.types import Question, Trajectory, UserError
 
 MAX_RESTARTS = 3  # of engines: a fault that comes back is not mended by another start
@@ -112,8 +112,8 @@ def run_eval(config: Config) -> None:
     directory = Path(config.run.out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_run_in(directory))
-        run = open_run(directory, config)
-        keep_inputs(directory, {"model": exam.model_path, "data": Path(config.data.test)})
+        inputs = {"model.path": [exam.model_path], "data.test": question_files(Path(config.data.test))}
+        run = open_run(directory, config, inputs=inputs)
         scores = finished_scores(exam, directory / ANSWERS_FILE)
         total = len(exam.questions) * exam.samples
         if scores:

@@ -4,6 +4,7 @@ One file, because all of it compares with the one run: tests of a file stay in o
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_sigterm_stops_a_distillation_behind_a_checkpoint_and_it_goes_on_from_th
 ) -> None:
     """With the trainer's memory on the host when the checkpoint is to be loaded."""
     _, printed, code = stopped
-    assert code == STOPPED and "stopped at step" in printed and "Traceback" not in printed, printed
+    # At an update, or in the validation behind it.
+    assert code == STOPPED and re.search("stopped (at step|during)", printed), printed
+    assert "Traceback" not in printed
     assert "continuing from step_" in finished[1]
     assert "cycle0/opsd step 1/" not in finished[1]
 

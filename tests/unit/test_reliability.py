@@ -81,7 +81,7 @@ def test_any_other_fault_of_a_file_is_a_bug_and_is_shown_as_one():
         ("0", "2", UserError("x"), 2, "2"),  # the others wait for it: torchrun has to end them
         ("0", "2", OSError(28, "No space left on device", "x"), 2, "2"),
         ("1", "2", SharedError("x"), 0, ""),  # rank 0 says the same
-        ("1", "2", UserError("x"), 2, ""),  # nobody else knows
+        ("1", "2", UserError("x"), 2, "2"),  # the same, and it says so itself
     ],
 )
 def test_under_launch_sh_an_end_in_order_is_no_reason_to_start_ranks_again(
@@ -212,6 +212,9 @@ def test_a_finished_run_goes_on_when_more_cycles_are_asked_for(tmp_path):
     run.final_dir.mkdir()
     assert is_done() and is_done("cycle.cycles=3") and is_done("cycle.cycles=1")
     assert not is_done("cycle.cycles=3", "cycle.until_no_gain=false")
+    set_final_model(run, None)  # as such a run has it until it is at its end
+    assert not is_done()
+    set_final_model(run)
     with pytest.raises(UserError, match="other settings"):
         is_done("grpo.lr=1")
 

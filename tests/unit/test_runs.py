@@ -150,13 +150,13 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_has_left(tmp_path
 def test_a_run_is_not_continued_with_other_data(tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("{}\n")
-    keep_inputs(tmp_path, {"data.train": data})
-    keep_inputs(tmp_path, {"data.train": data, "data.test": data})
+    keep_inputs(tmp_path, {"data.train": [data]})
+    keep_inputs(tmp_path, {"data.train": [data], "data.test": [data]})
     data.write_text("[]\n")
     with pytest.raises(
         UserError, match=r"train\.jsonl has changed since .* began.*restore it, or give another run.out"
     ):
-        keep_inputs(tmp_path, {"data.test": data})
+        keep_inputs(tmp_path, {"data.test": [data]})
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "summary.json"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,12 @@ def test_an_unknown_flag_is_refused_in_one_line_before_anything_is_made(name: st
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1
     assert "--fsat" in result.stderr and "--help" in result.stderr
     assert checkout.calls() == [] and not checkout.venv.exists()
+
+
+def test_the_bench_of_overhead_clocks_methods_that_exist():
+    clocked = runpy.run_path(str(ROOT / "tools/bench/overhead.py"))["CLOCKED"]
+    for module, kind, methods in clocked.values():
+        assert all(hasattr(getattr(importlib.import_module(module), kind), name) for name in methods), (kind, methods)
 
 
 @pytest.mark.parametrize("name", [*WITH_FLAGS, "test.sh"])

@@ -3,7 +3,7 @@
     python tools/bench/overhead.py              the quickstart
     python tools/bench/overhead.py --fast       its short form
 
-Runs the command in this process with a clock around every call that begins, publishes, thins out or removes a
+Runs the command in this process with a clock around every call that begins, publishes or thins out a
 checkpoint, judges a step's health, or keeps a finished trajectory. The processes that write checkpoints run beside the
 training; the CPU time of all of this process's children but the servers, which are still running, is given too. JSON as
 the last line.
@@ -26,10 +26,10 @@ CLOCKED = {  # what: module, class, methods
     "checkpoints": (
         "searche1.checkpoints",
         "Checkpoints",
-        ("save", "poll", "finish", "stop", "resume", "drop_after", "remove"),
+        ("save", "poll", "finish", "stop", "resume", "drop_after"),
     ),
     "health": ("searche1.health", "Watch", ("start", "step", "record")),
-    "kept rollouts": ("searche1.rollout.journal", "Journal", ("add",)),
+    "kept rollouts": ("searche1.rollout.journal", "Journal", ("add", "poll")),
 }
 
 
