@@ -59,7 +59,10 @@ def run_cycle(config: Config, *, prepare: Callable[[], None] = lambda: None) -> 
     if is_finished(config):
         if is_first_process():
             show_table(Path(config.run.out))
-            print(f"\n{config.run.out} is finished; give another run.out (quickstart: --new) for a new run")
+            print(
+                f"\n{config.run.out} is finished; give a larger cycle.cycles to go on, or another run.out (quickstart: "
+                "--new) for a new run"
+            )
         return
     check_batch_size(config)
     needs = ["train"]
