@@ -65,7 +65,7 @@ def _head(plan: Plan, console: Console) -> None:
     axes += [data] if data else []
     _say(
         console,
-        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {', '.join(axes)}"
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}: {', '.join(axes) or 'the model is not split'}"
         f"{', sequence parallel' if sizes.sequence else ''}; train.recompute={setting.config.train.recompute} "
         f"train.max_tokens={setting.config.train.max_tokens}",
     )
