@@ -115,7 +115,7 @@ def is_finished(config: Config) -> bool:
         return False
     for name in stage_names(config):
         if not is_complete(directory / name):
-            return False  # it was stopped there, or more cycles are asked for now
+            return False  # a run goes on there, also one that had ended before more cycles were asked for
         if is_last(config, name):
             break
     if is_first_process():

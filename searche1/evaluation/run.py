@@ -310,7 +310,7 @@ def sample_rest(
         for attempt in range(1 + MAX_RESTARTS):
             try:
                 with progress_line(console, exam.config.eval.method) as progress:
-                    sampler.run(
+                    sampler.sample(
                         rollouts,
                         temperature=settings.temperature,
                         seed=exam.config.run.seed,

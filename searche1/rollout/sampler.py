@@ -140,7 +140,9 @@ class Sampler:
         progress: Progress | None = None,
         tick: Callable[[], None] | None = None,
     ) -> list[Group]:
-        """One group a start, in order, with EM rewards; temperature 0 is greedy. `tick` is called every second.
+        """One group a start, in order, with EM rewards; none where `rollouts` hand on what is done.
+
+        Temperature 0 is greedy. `tick` is called every second, and what it raises ends the sampling.
 
         A fault of an engine or the retriever makes its trajectory's status "error": it stays in the group for the
         caller to leave out. Raises UserError when more than `rollout.max_errors` of all are such. An engine that stops
@@ -148,22 +150,10 @@ class Sampler:
         `rollouts` may go on with new engines. The same seed gives the same draws to the same question, sample and
         turn; starts of one question share them.
         """
-        self.run(rollouts, temperature=temperature, seed=seed, progress=progress, tick=tick)
-        return rollouts.groups()
-
-    def run(
-        self,
-        rollouts: Rollouts,
-        *,
-        temperature: float,
-        seed: int,
-        progress: Progress | None = None,
-        tick: Callable[[], None] | None = None,
-    ) -> None:
-        """As `sample`, for rollouts that hand on their trajectories."""
         assert rollouts.samples > 0
         work = self._sample(rollouts, temperature, seed, progress)
         asyncio.run(work if tick is None else ticking(work, tick))
+        return rollouts.groups() if rollouts.take is None else []
 
     async def _sample(self, rollouts: Rollouts, temperature: float, seed: int, progress: Progress | None) -> None:
         tally = _Tally(
