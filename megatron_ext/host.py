@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,12 +44,26 @@ def use_threads(count: int) -> None:
     OpenMP's threads do not come along in a fork, where it waits for them forever: a writer of checkpoints would hang at
     the first tensor it copies.
     """
-    torch.set_num_threads(count)
-    blas.use_threads(count)
+    _compute_with(count)
     if count > 1:
         os.register_at_fork(after_in_child=_one_thread)
 
 
+@contextlib.contextmanager
+def half_the_threads() -> Iterator[None]:
+    """Inside, PyTorch and OpenBLAS compute with half of what this process has, at least one: another has the rest."""
+    count = torch.get_num_threads()
+    _compute_with(max(1, count // 2))
+    try:
+        yield
+    finally:
+        _compute_with(count)
+
+
+def _compute_with(count: int) -> None:
+    torch.set_num_threads(count)
+    blas.use_threads(count)
+
+
 def _one_thread() -> None:
-    torch.set_num_threads(1)
-    blas.use_threads(1)
+    _compute_with(1)

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from megatron_ext import blas
-from megatron_ext.host import use_threads
+from megatron_ext.host import half_the_threads, use_threads
 from megatron_ext.lifetime import forks_die_with_us
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -268,9 +268,16 @@ class Session:
         has_base = colocation.keeps_engine_weights and self._synced is not None and self._synced[0] is policy
         colocation.to(Phase.SYNC, policy)
         self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=has_base and policy.has_adapters)
-        expected = self._probe(policy)
-        colocation.to(Phase.ROLLOUT, policy)
-        self.from_writer(lambda: self._compare(expected, policy.dtype))
+        if colocation.keeps_engine_weights:  # nothing moves: engines compute their side while the trainer does its own
+            colocation.to(Phase.ROLLOUT, policy)
+            found = self._begin_engine_probes()
+            with half_the_threads():
+                expected = self._probe(policy)
+        else:
+            expected = self._probe(policy)
+            colocation.to(Phase.ROLLOUT, policy)
+            found = self._begin_engine_probes()
+        self.from_writer(lambda: self._compare(expected, found, policy.dtype))
         self._synced = policy, stage
 
     def _probe(self, policy: Policy) -> list[list[float]]:
@@ -289,13 +296,25 @@ class Session:
         )
         return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
 
-    def _compare(self, expected: list[list[float]], dtype: torch.dtype) -> None:
+    def _begin_engine_probes(self) -> list[Callable[[], list[list[float]]]]:
+        """All engines compute the same logprobs; each of these, on rank 0, waits for one. Collective."""
+        probes: list[Callable[[], list[list[float]]]] = []
+
+        def begin() -> None:
+            assert self.servers is not None
+            if self._probe_ids:
+                probes.extend(engine.begin_logprobs(self._probe_ids) for engine in self.servers.fleet.engines)
+
+        self.from_writer(begin)
+        return probes
+
+    def _compare(
+        self, expected: list[list[float]], probes: list[Callable[[], list[list[float]]]], dtype: torch.dtype
+    ) -> None:
         """Raises UserError if an engine has other logprobs: a silent sync fault trains on garbage. On rank 0."""
-        assert self.servers is not None
         tolerance = self.config.train.sync_tolerance or (1e-4 if dtype == torch.float32 else 0.05)
-        ids = [list(x) for x in self._probe_ids]
-        for number, engine in enumerate(self.servers.fleet.engines if ids else ()):
-            for trainer_row, engine_row in zip(expected, engine.logprobs(ids), strict=True):
+        for number, probe in enumerate(probes):
+            for trainer_row, engine_row in zip(expected, probe(), strict=True):
                 gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
                 if not gap <= tolerance:  # NaN too
                     raise UserError(

@@ -21,25 +21,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import requests
 import torch
 import torch.multiprocessing  # registers how tensors travel between processes
 from torch import Tensor
 
 from searche1.ports import hold_port
 from searche1.rollout.engine_process import engine_environment, start_process
+from searche1.rollout.pending import NO_ANSWER, Answer, Pending
 from searche1.types import Completion, UserError
 
 CPU_MAX_TOTAL_TOKENS = 65536  # the cache is filled with zeros at the start, and SGLang's own choice is most of memory
 LOG_TAIL_LINES = 20
 STOP_TIMEOUT_S = 10.0
 FLUSH_TIMEOUT_S = 30.0
+READY_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 20.0  # a busy server answers in milliseconds
 ENDING_TIMEOUT_S = 2.0
 # Servers close a connection that rests for 5 s, and whoever asks on it in that moment gets no answer.
@@ -92,9 +93,6 @@ class Engine:
         self._process = launch() if launch else None
         self.starts = 1  # a new process has forgotten what an earlier one was told
         self._request_timeout_s = request_timeout_s
-        self._http = requests.Session()
-        self._http.headers.update({**self._headers, "Connection": "close"})  # for the same reason as KEEP_ALIVE_S
-        self._http.trust_env = False  # a proxy for the internet must not see requests to this machine
         self._is_announced = self._has_sessions = False  # of a weight update
         if launch:
             atexit.register(self.stop)
@@ -121,9 +119,9 @@ class Engine:
                     continue
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
-                if self._http.get(f"{self.url}/health", timeout=10).status_code == 200:
+                if self._ask("GET", "/health", timeout_s=READY_TIMEOUT_S).answer().status == 200:
                     return  # SGLang's warm-up is over
-            except requests.RequestException:
+            except NO_ANSWER:
                 pass  # not listening yet
             if waited > next_report_s:
                 where = f" (log: {self.log_path})" if self.log_path else ""
@@ -142,7 +140,7 @@ class Engine:
 
     def check_key(self) -> None:
         """Raises EngineError if a server elsewhere, which is up, does not take our key."""
-        if self._http.get(f"{self.url}/get_model_info", timeout=10).status_code == 401:
+        if self._ask("GET", "/get_model_info", timeout_s=READY_TIMEOUT_S).answer().status == 401:
             raise EngineError(
                 f"{self.url} answers HTTP status 401: it wants an API key; give a file with it as engine.token_file"
             )
@@ -197,14 +195,18 @@ class Engine:
 
     def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Logprobs of every id but the first, given the ids before it; one list a sequence."""
+        return self.begin_logprobs(token_ids)()
+
+    def begin_logprobs(self, token_ids: Sequence[Sequence[int]]) -> Callable[[], list[list[float]]]:
+        """Has the engine compute them and returns; what it returns waits for them, once."""
         request = {
             "input_ids": [list(ids) for ids in token_ids],
             "return_logprob": True,
             "logprob_start_len": 0,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
         }
-        answers = self._post("/generate", request).json()
-        return [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] for answer in answers]
+        answer = self._begin_post("/generate", request)
+        return lambda: [[entry[0] for entry in one["meta_info"]["input_token_logprobs"][1:]] for one in answer().json()]
 
     def begin_update(self) -> None:
         """New weights follow, in buckets or in memory that it has adopted. No request may be under way."""
@@ -219,7 +221,7 @@ class Engine:
         stay untouched until this returns; adopted memory may be written while no request is under way.
         """
         if not self._is_announced:  # servers before 0.5.21 load at once and have no sessions
-            self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status_code == 200
+            self._has_sessions = self._post("/begin_weight_update", {}, accept=(200, 404)).status == 200
             self._is_announced = True
         request = {"serialized_named_tensors": list(payloads), "flush_cache": False, "load_format": load_format}
         answer = self._post("/update_weights_from_tensor", request).json()
@@ -231,8 +233,7 @@ class Engine:
         if self._has_sessions:
             self._post("/end_weight_update", {})
         self._is_announced = self._has_sessions = False
-        self.flush_cache()  # keys and values of the old weights
-        self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self._begin_version(version)
 
     def load_folder(self, folder: Path, *, version: str) -> None:
         """Replaces the weights by those of a HuggingFace folder that the server's machine sees too."""
@@ -243,13 +244,19 @@ class Engine:
                 f"{self.url} did not load {folder}: {answer['message']}; "
                 "the run directory must be on a filesystem that the server's machine sees under the same path"
             )
-        self.flush_cache()
-        self._post("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self._begin_version(version)
+
+    def _begin_version(self, version: str) -> None:
+        """The weights are new: so are cached keys and values from now on, and completions carry `version`."""
+        request = {"new_version": version, "abort_all_requests": False}
+        is_known = self._begin_post("/update_weight_version", request)
+        self.flush_cache()  # meanwhile
+        is_known()
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes. Waits for requests that a cancelled client has left behind."""
         deadline = time.monotonic() + FLUSH_TIMEOUT_S
-        while self._post("/flush_cache", None, accept=(200, 400)).status_code != 200:
+        while self._post("/flush_cache", None, accept=(200, 400)).status != 200:
             if time.monotonic() > deadline:
                 raise EngineError(f"{self.url} still has requests under way after {FLUSH_TIMEOUT_S:g} s")
             time.sleep(0.1)
@@ -274,9 +281,9 @@ class Engine:
         own /health_generate makes one.
         """
         try:
-            answer = self._http.post(f"{self.url}/flush_cache", timeout=HEALTH_TIMEOUT_S)
-            return answer.status_code in (200, 400)  # the second while requests are under way
-        except requests.RequestException:
+            answer = self._ask("POST", "/flush_cache", timeout_s=HEALTH_TIMEOUT_S).answer()
+            return answer.status in (200, 400)  # the second while requests are under way
+        except NO_ANSWER:
             return False
 
     def restart(self) -> None:
@@ -290,7 +297,6 @@ class Engine:
     def stop(self) -> None:
         """Ends the server and its children. May be called again."""
         atexit.unregister(self.stop)
-        self._http.close()
         self._end_process()
         for port in self._ports:
             port.close()
@@ -308,20 +314,38 @@ class Engine:
         if _group_exists(self._process.pid):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _post(self, route: str, request: Any, *, accept: Sequence[int] = (200,)) -> requests.Response:
+    def _post(self, route: str, request: Any, *, accept: Sequence[int] = (200,)) -> Answer:
+        return self._begin_post(route, request, accept=accept)()
+
+    def _begin_post(self, route: str, request: Any, *, accept: Sequence[int] = (200,)) -> Callable[[], Answer]:
+        """Sends a request; what it returns waits for the answer, once. Both raise EngineError."""
+        with self._lost_without_answer(route):
+            pending = self._ask("POST", route, request, timeout_s=self._request_timeout_s)
+
+        def answer() -> Answer:
+            with self._lost_without_answer(route):
+                found = pending.answer()
+            if found.status not in accept:
+                raise EngineError(
+                    f"{self.url}{route} answered HTTP status {found.status}: {found.text[:1000]}\n{self._last_words()}"
+                )
+            return found
+
+        return answer
+
+    def _ask(self, method: str, route: str, request: Any = None, *, timeout_s: float) -> Pending:
+        return Pending(method, self.url + route, headers=self._headers, request=request, timeout_s=timeout_s)
+
+    @contextlib.contextmanager
+    def _lost_without_answer(self, route: str) -> Iterator[None]:
         try:
-            response = self._http.post(self.url + route, json=request, timeout=self._request_timeout_s)
-        except requests.RequestException as error:
+            yield
+        except NO_ANSWER as error:
             if self._process is not None:  # a process that is ending has closed its connections already
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=ENDING_TIMEOUT_S)
-            raise EngineLost(f"{self.url}{route} failed: {error}\n{self._last_words()}") from error
-        if response.status_code not in accept:
-            raise EngineError(
-                f"{self.url}{route} answered HTTP status {response.status_code}: {response.text[:1000]}\n"
-                f"{self._last_words()}"
-            )
-        return response
+            reason = f"{type(error).__name__}: {error}"
+            raise EngineLost(f"{self.url}{route} failed: {reason}\n{self._last_words()}") from error
 
     def _last_words(self) -> str:
         if self.log_path is None:

@@ -239,9 +239,9 @@ def test_sleeping_parts_wake_and_the_server_serves_on(engine, reference):
 class RecordingEngine(Engine):
     """A client of the same server that writes down what it asks."""
 
-    def _post(self, route, request, **options):
+    def _begin_post(self, route, request, **options):
         self.asked = [*getattr(self, "asked", []), " ".join([route, *(request or {}).get("tags", [])])]
-        return super()._post(route, request, **options)
+        return super()._begin_post(route, request, **options)
 
 
 class TrainerOfNothing:
@@ -283,8 +283,8 @@ def test_a_step_asks_the_server_in_the_one_order_that_fits(engine, reference):
         "/begin_weight_update",
         "/update_weights_from_tensor",
         "/end_weight_update",
+        "/update_weight_version",  # and meanwhile
         "/flush_cache",
-        "/update_weight_version",
         "/resume_memory_occupation kv_cache",
     ]
     prompt = prompts_of_many_lengths()[4]

@@ -3,12 +3,13 @@
 import asyncio
 import inspect
 import json
+import socket
 
 import pytest
 import uvicorn
 
 from searche1.rollout import engine as engine_module
-from searche1.rollout.engine import KEEP_ALIVE_S, Engine, http_session
+from searche1.rollout.engine import KEEP_ALIVE_S, Engine, EngineLost, http_session
 
 META = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": "1"}
 ANSWER = json.dumps({"text": "x", "meta_info": META}).encode()
@@ -75,6 +76,73 @@ def test_what_is_no_completion_has_a_connection_of_its_own(connections):
 
     asyncio.run(run())
     assert connections == [1, 1]
+
+
+def test_an_engine_computes_logprobs_while_we_do_something_else():
+    """The answer waits for what the client does after it has asked."""
+    has_gone_on = asyncio.Event()
+    entries = [[None, 5, None], [-0.25, 6, None], [-0.5, 7, None]]
+    body = json.dumps([{"meta_info": {"input_token_logprobs": entries}}]).encode()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"POST /behind/a/gateway/generate HTTP/1.1\r\n") and b"Authorization: Bearer k" in head
+        await has_gone_on.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async def run() -> list[list[float]]:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            engine = Engine(url=f"http://127.0.0.1:{port}/behind/a/gateway/", key="k", request_timeout_s=20.0)
+            wait = await asyncio.to_thread(engine.begin_logprobs, [[5, 6, 7]])
+            has_gone_on.set()
+            return await asyncio.to_thread(wait)
+
+    assert asyncio.run(run()) == [[-0.25, -0.5]]
+
+
+def test_a_proxy_never_sees_what_an_engine_is_asked(connections, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+
+    async def run() -> None:
+        server, url = await serve(connections)
+        async with server:
+            await asyncio.to_thread(Engine(url=url)._post, "/flush_cache", {})
+
+    asyncio.run(run())
+    assert connections == [1]
+
+
+@pytest.mark.parametrize("said", [b"", b"not HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", None])
+def test_an_engine_without_a_whole_answer_is_lost(said):
+    """None: it says nothing in time, which is read only where the answer is wanted."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if said is None:
+            await reader.read()  # until the client has had enough
+        else:
+            writer.write(said)
+        writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            wait = await asyncio.to_thread(Engine(url=url, request_timeout_s=0.3).begin_logprobs, [[1, 2]])
+            with pytest.raises(EngineLost, match=f"{url}/generate failed"):
+                await asyncio.to_thread(wait)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_not_there_is_lost_when_it_is_asked():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+    with pytest.raises(EngineLost, match=f"{url}/generate failed: ConnectionRefusedError"):
+        Engine(url=url).begin_logprobs([[1, 2]])
 
 
 @pytest.mark.parametrize(("status", "is_well"), [(200, True), (400, True), (500, False), (None, False)])

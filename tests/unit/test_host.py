@@ -59,6 +59,32 @@ def test_a_fork_of_a_process_with_threads_computes_on_one():
     subprocess.run([sys.executable, "-c", FORK, "ours"], check=True, timeout=60)
 
 
+HALF = """
+import sys, torch
+from megatron_ext import blas
+from megatron_ext.host import half_the_threads, use_threads
+
+count, half = map(int, sys.argv[1:])
+use_threads(count)
+assert blas.multiply_by_openblas()
+
+def used():
+    return torch.get_num_threads(), blas.library().scipy_openblas_get_num_threads()
+
+try:
+    with half_the_threads():
+        assert used() == (half, half), used()
+        raise KeyError
+except KeyError:
+    assert used() == (count, count), used()
+"""
+
+
+@pytest.mark.parametrize(("count", "half"), [("1", "1"), ("2", "1"), ("5", "2")])
+def test_half_the_threads_are_left_to_another_and_come_back(count, half):
+    subprocess.run([sys.executable, "-c", HALF, count, half], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(("ranks", "cores", "share"), [(None, 8, 8), ("2", 8, 4), ("3", 8, 2), ("4", 2, 1)])
 def test_ranks_of_a_machine_share_its_cores(monkeypatch, ranks, cores, share):
     monkeypatch.setattr("searche1.runs.num_cores", lambda: cores)
