@@ -2,7 +2,9 @@
 
     python tools/bench/rollout.py decode    tokens a second of the engine alone: every request decodes as many tokens
                                             as every other, beside SGLang without our kernels, HuggingFace generate,
-                                            and the model's matrix products with nothing around them: the ceiling
+                                            and the model's matrix products with nothing around them: the ceiling.
+                                            Engines are asked twice: a request a prompt, as rollouts ask, and all
+                                            prompts in one, as HuggingFace generate gets them
     python tools/bench/rollout.py turns     trajectories a second of engines alone, with uneven turns and passages as in
                                             the paper's task: ours, stock, and HuggingFace generate, turn by turn,
                                             which reads every context again and waits for the longest
@@ -101,6 +103,13 @@ async def decode(engine: Engine, prompts: Sequence[Sequence[int]], num_tokens: S
         return sum(await asyncio.gather(*(one(session, number) for number in range(len(prompts)))))
 
 
+def decode_batch(engine: Engine, prompts: Sequence[Sequence[int]]) -> int:
+    """NEW_TOKENS of each prompt in one request, as HuggingFace's `generate` gets one batch; returns how many came."""
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True}
+    body = {"input_ids": [list(ids) for ids in prompts], "return_logprob": True, "sampling_params": sampling}
+    return sum(len(one["meta_info"]["output_token_logprobs"]) for one in engine._post("/generate", body).json())
+
+
 def small_model(folder: Path) -> None:
     """Random weights in Qwen2's form, and the toy policy's tokenizer."""
     torch.manual_seed(0)
@@ -134,8 +143,7 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
             stop(engine)
         rows = []
         for together in parsed.together:
-            names = ("ours", "stock SGLang", "HuggingFace generate", "products alone")
-            seconds: dict[str, list[float]] = {name: [] for name in names}
+            seconds: dict[str, list[float]] = {}
             products = decoding_products(hf, rows=together)
             for repeat in range(parsed.repeats + 1):
                 dice = random.Random(repeat)  # new prompts, so that no prefix is cached
@@ -143,6 +151,10 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
 
                 def on(engine: Engine, prompts: list[list[int]] = prompts) -> Callable[[], int]:
                     return lambda: asyncio.run(decode(engine, prompts, [NEW_TOKENS] * len(prompts)))
+
+                def at_once(engine: Engine, prompts: list[list[int]] = prompts) -> Callable[[], int]:
+                    # Others, of the same length: those above are in its cache.
+                    return lambda: decode_batch(engine, [[499 - token for token in ids] for ids in prompts])
 
                 def generate(prompts: list[list[int]] = prompts) -> int:
                     ids = torch.tensor(prompts)
@@ -164,20 +176,28 @@ def bench_decode(parsed: argparse.Namespace, work: Path) -> dict[str, Any]:
                         products()
                     return NEW_TOKENS * together
 
-                works = ((on(ours), ours), (on(stock), stock), (generate, None), (multiply, None))
-                for name, (work_of, engine) in zip(names, works, strict=True):
+                works: dict[str, tuple[Callable[[], int], Engine | None]] = {
+                    "ours": (on(ours), ours),
+                    "stock SGLang": (on(stock), stock),
+                    "ours, one batch": (at_once(ours), ours),
+                    "stock SGLang, one batch": (at_once(stock), stock),
+                    "HuggingFace generate": (generate, None),
+                    "products alone": (multiply, None),
+                }
+                for name, (work_of, engine) in works.items():
                     with running(engine) if engine else contextlib.nullcontext():
                         started = time.perf_counter()
                         tokens = work_of()
                         taken = time.perf_counter() - started
                     assert tokens == NEW_TOKENS * together, (name, tokens)
                     if repeat:  # the first one warms up
-                        seconds[name].append(taken)
+                        seconds.setdefault(name, []).append(taken)
             row: dict[str, Any] = {"requests": together, "new_tokens": NEW_TOKENS, "prompt_tokens": PROMPT_TOKENS}
             for name, taken_s in seconds.items():
                 row[name] = round(together * NEW_TOKENS / statistics.median(taken_s))
-            for name in list(seconds)[1:]:
-                row[f"ours over {name}"] = median_ratio(seconds[name], seconds["ours"])
+            for form in ("", ", one batch"):
+                for name in (f"stock SGLang{form}", "HuggingFace generate", "products alone"):
+                    row[f"ours{form} over {name}"] = median_ratio(seconds[name], seconds[f"ours{form}"])
             rows.append(row)
             print(f"{together} requests: " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         for engine in (ours, stock):
