@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from searche1.addresses import http_address
 from searche1.types import UserError
@@ -411,6 +412,11 @@ def check_values(config: Config) -> None:
         raise UserError(f"grpo.adam_betas must be 0 or more and less than 1, got {list(config.grpo.adam_betas)}")
     for url in config.engine.urls:
         http_address(url, setting="an address of engine.urls", example="http://127.0.0.1:30000")
+        if "@" in urlsplit(url).netloc:
+            raise UserError(
+                f"an address of engine.urls, of {urlsplit(url).hostname}, holds a user's name; engines know keys only: "
+                "put the servers' --api-key into a file and give that as engine.token_file"
+            )
     if config.retriever.url:
         http_address(config.retriever.url, setting="retriever.url", example="http://127.0.0.1:8000/retrieve")
 

@@ -40,6 +40,7 @@ from searche1.planner.hardware import GPUS, Assumptions, Cluster
 from searche1.policy import Policy, check_model, read_shape
 from searche1.progress import progress_line
 from searche1.ranks import Ranks
+from searche1.rollout.engine import EngineError
 from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
@@ -56,6 +57,7 @@ COLLECTIVE_TIMEOUT_S = 4 * 3600.0  # of one message: engines start and slow disk
 SHARE_OF_GPU = 0.93  # that a plan may fill: the rest is left to the allocator's gaps
 MOST_OPEN_FILES = 65536  # rank 0 holds a connection for every trajectory under way
 MAX_RESTARTS = 3  # of engines in one rollout: a fault that comes back is not mended by another start
+Probe = Callable[[], list[list[float]]]  # waits for an engine's logprobs; raises EngineError
 PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
@@ -270,14 +272,15 @@ class Session:
         self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=has_base and policy.has_adapters)
         if colocation.keeps_engine_weights:  # nothing moves: engines compute their side while the trainer does its own
             colocation.to(Phase.ROLLOUT, policy)
-            found = self._begin_engine_probes()
-            with half_the_threads():
+            probes = self._begin_engine_probes()
+            share_cores = self.layout.device.type == "cpu" and not self.config.engine.urls
+            with half_the_threads() if share_cores else contextlib.nullcontext():
                 expected = self._probe(policy)
         else:
             expected = self._probe(policy)
             colocation.to(Phase.ROLLOUT, policy)
-            found = self._begin_engine_probes()
-        self.from_writer(lambda: self._compare(expected, found, policy.dtype))
+            probes = self._begin_engine_probes()
+        self.from_writer(lambda: self._compare(expected, probes, policy.dtype))
         self._synced = policy, stage
 
     def _probe(self, policy: Policy) -> list[list[float]]:
@@ -296,25 +299,40 @@ class Session:
         )
         return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
 
-    def _begin_engine_probes(self) -> list[Callable[[], list[list[float]]]]:
-        """All engines compute the same logprobs; each of these, on rank 0, waits for one. Collective."""
-        probes: list[Callable[[], list[list[float]]]] = []
+    def _begin_engine_probes(self) -> list[Probe]:
+        """All engines compute the same logprobs at once; on rank 0 there is one for each. Collective."""
+        probes: list[Probe] = []
 
         def begin() -> None:
             assert self.servers is not None
-            if self._probe_ids:
-                probes.extend(engine.begin_logprobs(self._probe_ids) for engine in self.servers.fleet.engines)
+            try:
+                for engine in self.servers.fleet.engines if self._probe_ids else ():
+                    probes.append(engine.begin_logprobs(self._probe_ids))
+            except EngineError:
+                self._finish(probes)
+                raise
 
         self.from_writer(begin)
         return probes
 
-    def _compare(
-        self, expected: list[list[float]], probes: list[Callable[[], list[list[float]]]], dtype: torch.dtype
-    ) -> None:
+    def _finish(self, probes: Sequence[Probe]) -> list[list[list[float]] | EngineError]:
+        """What each has found. Waits for all, also if one fails: no engine is at work then. On rank 0."""
+        found: list[list[list[float]] | EngineError] = []
+        for probe in probes:
+            try:
+                found.append(probe())
+            except EngineError as error:
+                found.append(error)
+            self.ranks.beat()
+        return found
+
+    def _compare(self, expected: list[list[float]], probes: Sequence[Probe], dtype: torch.dtype) -> None:
         """Raises UserError if an engine has other logprobs: a silent sync fault trains on garbage. On rank 0."""
         tolerance = self.config.train.sync_tolerance or (1e-4 if dtype == torch.float32 else 0.05)
-        for number, probe in enumerate(probes):
-            for trainer_row, engine_row in zip(expected, probe(), strict=True):
+        for number, found in enumerate(self._finish(probes)):
+            if isinstance(found, EngineError):
+                raise found
+            for trainer_row, engine_row in zip(expected, found, strict=True):
                 gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
                 if not gap <= tolerance:  # NaN too
                     raise UserError(
@@ -322,7 +340,6 @@ class Session:
                         f"more than {tolerance:.0e}; the weights did not arrive whole. See logs/engine{number}.log; "
                         "engine.verify_sync=exact names the tensor, train.sync_tolerance changes the limit"
                     )
-            self.ranks.beat()
 
     # -- rollouts ---------------------------------------------------------------------------------
 

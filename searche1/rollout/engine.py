@@ -111,6 +111,7 @@ class Engine:
         start = time.monotonic()
         next_report_s = PROGRESS_EVERY_S
         may_restart = self._launch is not None
+        seen = "nothing was asked"
         while (waited := time.monotonic() - start) < timeout_s:
             if self.has_stopped():
                 if may_restart and self._process is not None and self._process.returncode == -signal.SIGKILL:
@@ -119,10 +120,12 @@ class Engine:
                     continue
                 raise EngineError(f"the engine stopped while starting\n{self._last_words()}")
             try:
-                if self._ask("GET", "/health", timeout_s=READY_TIMEOUT_S).answer().status == 200:
+                status = self._ask("GET", "/health", timeout_s=READY_TIMEOUT_S).answer().status
+                if status == 200:
                     return  # SGLang's warm-up is over
-            except NO_ANSWER:
-                pass  # not listening yet
+                seen = f"/health answered HTTP status {status}"
+            except NO_ANSWER as error:  # not listening yet
+                seen = f"{type(error).__name__}: {error}"
             if waited > next_report_s:
                 where = f" (log: {self.log_path})" if self.log_path else ""
                 print(f"waiting for the engine at {self.url}, {waited:.0f} s{where}", file=sys.stderr, flush=True)
@@ -135,7 +138,7 @@ class Engine:
             else "start it, or correct engine.urls, and run the same command again"
         )
         raise EngineError(
-            f"the engine at {self.url} was not ready within {timeout_s:g} s; {way_out}\n{self._last_words()}"
+            f"the engine at {self.url} was not ready within {timeout_s:g} s ({seen}); {way_out}\n{self._last_words()}"
         )
 
     def check_key(self) -> None:
@@ -233,7 +236,7 @@ class Engine:
         if self._has_sessions:
             self._post("/end_weight_update", {})
         self._is_announced = self._has_sessions = False
-        self._begin_version(version)
+        self._tell_version(version)
 
     def load_folder(self, folder: Path, *, version: str) -> None:
         """Replaces the weights by those of a HuggingFace folder that the server's machine sees too."""
@@ -244,14 +247,16 @@ class Engine:
                 f"{self.url} did not load {folder}: {answer['message']}; "
                 "the run directory must be on a filesystem that the server's machine sees under the same path"
             )
-        self._begin_version(version)
+        self._tell_version(version)
 
-    def _begin_version(self, version: str) -> None:
-        """The weights are new: so are cached keys and values from now on, and completions carry `version`."""
+    def _tell_version(self, version: str) -> None:
+        """The weights are new: completions carry `version`, and what is cached of the old ones is forgotten."""
         request = {"new_version": version, "abort_all_requests": False}
         is_known = self._begin_post("/update_weight_version", request)
-        self.flush_cache()  # meanwhile
-        is_known()
+        try:
+            self.flush_cache()  # meanwhile
+        finally:
+            is_known()
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes. Waits for requests that a cancelled client has left behind."""

@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+
+UNQUOTED = "/%:@!$&'()*+,;=~"  # of a path; what is quoted already stays so
 
 # What sending and reading raise when there is no answer.
 NO_ANSWER = (OSError, http.client.HTTPException)
@@ -45,11 +47,13 @@ class Pending:
         address = urlsplit(url)
         assert address.hostname is not None
         kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(address.hostname, address.port, timeout=timeout_s)
+        # With a port, else the last part of an IPv6 address is taken for one.
+        self._connection = kind(address.hostname, address.port or kind.default_port, timeout=timeout_s)
         body = b"" if request is None else json.dumps(request).encode()
         content = {} if request is None else {"Content-Type": "application/json"}
         try:
-            self._connection.request(method, address.path, body, {**headers, **content, "Connection": "close"})
+            path = quote(address.path, safe=UNQUOTED)
+            self._connection.request(method, path, body, {**headers, **content, "Connection": "close"})
         except BaseException:
             self._connection.close()
             raise
@@ -57,7 +61,7 @@ class Pending:
     def answer(self) -> Answer:
         """Wait for it. Once; raises NO_ANSWER."""
         try:
-            response = self._connection.getresponse()
-            return Answer(response.status, response.read().decode(errors="replace"))
+            with self._connection.getresponse() as response:  # which has the connection, once it is there
+                return Answer(response.status, response.read().decode(errors="replace"))
         finally:
             self._connection.close()

@@ -158,11 +158,17 @@ def engine_key(config: Config) -> str:
     if not file:
         return ""
     try:
-        return Path(file).read_text(encoding="utf-8").strip()
+        key = Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"engine.token_file={file} cannot be read ({error}); it holds the --api-key of the servers in engine.urls"
         ) from error
+    if not key.isascii() or not key.isprintable():
+        raise UserError(
+            f"engine.token_file={file} holds more than a key; it has one line, the --api-key of the servers in "
+            "engine.urls, in ASCII"
+        )
+    return key
 
 
 def longest_context(config: Config) -> int:

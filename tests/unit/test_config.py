@@ -118,6 +118,12 @@ def test_an_address_is_checked_before_anything_starts(override):
         load_config(overrides=[override])
 
 
+def test_a_password_in_an_address_of_an_engine_is_refused_and_not_shown():
+    with pytest.raises(UserError, match=r"engine\.urls, of gateway, .*engine\.token_file") as refused:
+        load_config(overrides=["engine.urls=[http://me:secret@gateway:80]"])
+    assert "secret" not in str(refused.value)
+
+
 def test_a_value_out_of_range_in_a_file_is_refused_too(tmp_path):
     with pytest.raises(UserError, match=r"^opsd\.epochs must be more than 0, got 0"):
         load_config(write(tmp_path, "opsd: {epochs: 0}\n"))

@@ -8,8 +8,11 @@ import socket
 import pytest
 import uvicorn
 
+from searche1.config import load_config
 from searche1.rollout import engine as engine_module
-from searche1.rollout.engine import KEEP_ALIVE_S, Engine, EngineLost, http_session
+from searche1.rollout.engine import KEEP_ALIVE_S, Engine, EngineError, EngineLost, http_session
+from searche1.rollout.servers import engine_key
+from searche1.types import UserError
 
 META = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": "1"}
 ANSWER = json.dumps({"text": "x", "meta_info": META}).encode()
@@ -104,6 +107,8 @@ def test_an_engine_computes_logprobs_while_we_do_something_else():
 
 
 def test_a_proxy_never_sees_what_an_engine_is_asked(connections, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
 
@@ -116,7 +121,49 @@ def test_a_proxy_never_sees_what_an_engine_is_asked(connections, monkeypatch):
     assert connections == [1]
 
 
-@pytest.mark.parametrize("said", [b"", b"not HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", None])
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("http://[::1]", ("::1", 80)),
+        ("http://[::1]:30000", ("::1", 30000)),
+        ("https://[2001:db8::a]/engine", ("2001:db8::a", 443)),
+        ("http://host.example", ("host.example", 80)),
+    ],
+)
+def test_an_engine_is_looked_for_where_its_address_says(monkeypatch, url, place):
+    looked = []
+
+    def connect(address: tuple[str, int], *_: object, **__: object) -> None:
+        looked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(EngineLost):
+        Engine(url=url)._post("/flush_cache", {})
+    assert looked == [place]
+
+
+def test_paths_of_gateways_are_quoted_once():
+    heads = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await reader.readuntil(b"\r\n")).split()[1])
+        writer.write(b"HTTP/1.1 308 Moved\r\ncontent-length: 0\r\n\r\n")
+        writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/mod\u00e8le%20a b"
+            with pytest.raises(EngineError, match=r"not ready within 0.2 s \(/health answered HTTP status 308\)"):
+                await asyncio.to_thread(Engine(url=url).wait_until_ready, timeout_s=0.2)
+
+    asyncio.run(run())
+    assert set(heads) == {b"/mod%C3%A8le%20a%20b/health"}
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"not HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\nconnection: close\r\n\r\nhalf", None]
+)
 def test_an_engine_without_a_whole_answer_is_lost(said):
     """None: it says nothing in time, which is read only where the answer is wanted."""
 
@@ -167,3 +214,15 @@ def test_an_engine_is_asked_how_it_is_without_a_forward_pass(monkeypatch, status
 
     assert asyncio.run(run()) is is_well
     assert asked == [[b"POST", b"/flush_cache"]]
+
+
+@pytest.mark.parametrize(("text", "key"), [("k\n", "k"), ("a\nb", None), ("schl\u00fcssel", None)])
+def test_a_file_of_a_key_holds_one_line_that_a_header_can_carry(tmp_path, text, key):
+    (tmp_path / "key").write_text(text, encoding="utf-8")
+    config = load_config(overrides=[f"engine.token_file={tmp_path / 'key'}"])
+    if key:
+        assert engine_key(config) == key
+    else:
+        with pytest.raises(UserError, match=r"engine\.token_file=.* holds more than a key") as refused:
+            engine_key(config)
+        assert text not in str(refused.value)

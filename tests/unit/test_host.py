@@ -66,17 +66,17 @@ from megatron_ext.host import half_the_threads, use_threads
 
 count, half = map(int, sys.argv[1:])
 use_threads(count)
-assert blas.multiply_by_openblas()
+has_openblas = blas.multiply_by_openblas()  # not on every machine
 
 def used():
-    return torch.get_num_threads(), blas.library().scipy_openblas_get_num_threads()
+    return {torch.get_num_threads(), *([blas.library().scipy_openblas_get_num_threads()] if has_openblas else [])}
 
 try:
     with half_the_threads():
-        assert used() == (half, half), used()
+        assert used() == {half}, used()
         raise KeyError
 except KeyError:
-    assert used() == (count, count), used()
+    assert used() == {count}, used()
 """
 
 
