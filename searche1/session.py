@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from megatron_ext import blas
-from megatron_ext.host import half_the_threads, use_threads
+from megatron_ext.host import use_threads
 from megatron_ext.lifetime import forks_die_with_us
 from megatron_ext.lora import LoraSettings
 from megatron_ext.optimizer import OptimizerSettings
@@ -34,13 +34,13 @@ from searche1.engines import Engines, places_of
 from searche1.health import HEALTH_FILE, Watch
 from searche1.metrics import MetricsLog, Phases, Tracker, WandbTracker
 from searche1.models import choose_device, choose_dtype, load_tokenizer, resolve_model
-from searche1.packing import Sample, make_batches, padded_length, row_weights, sharing_of
+from searche1.packing import padded_length, sharing_of
 from searche1.planner.fit import WITHOUT_GPU, fit_to_gpu, leaves_open, with_train
 from searche1.planner.hardware import GPUS, Assumptions, Cluster
 from searche1.policy import Policy, check_model, read_shape
+from searche1.probe import PROBE_SEQUENCES, SyncProbe
 from searche1.progress import progress_line
 from searche1.ranks import Ranks
-from searche1.rollout.engine import EngineError
 from searche1.rollout.fleet import NoEngineLeft
 from searche1.rollout.journal import Entry, Journal, read_journal
 from searche1.rollout.sampler import Place, Rollouts, Sampler, Start
@@ -57,8 +57,6 @@ COLLECTIVE_TIMEOUT_S = 4 * 3600.0  # of one message: engines start and slow disk
 SHARE_OF_GPU = 0.93  # that a plan may fill: the rest is left to the allocator's gaps
 MOST_OPEN_FILES = 65536  # rank 0 holds a connection for every trajectory under way
 MAX_RESTARTS = 3  # of engines in one rollout: a fault that comes back is not mended by another start
-Probe = Callable[[], list[list[float]]]  # waits for an engine's logprobs; raises EngineError
-PROBE_SEQUENCES = 4  # sequences whose logprobs engine and trainer must agree on after a sync
 
 
 def check_before_start(config: Config, model_path: Path, layout: Layout, needs: Sequence[str]) -> None:
@@ -162,7 +160,9 @@ class Session:
         self._synced: tuple[Policy, str] | None = None  # whose weights the engines have, and for which stage
         # Prompts, until there are trajectories.
         probe_file = getattr(config.data, needs[0])
-        self._probe_ids = self.from_writer(lambda: self._prompts(probe_file))
+        engines = self.servers.fleet.engines if self.servers else ()
+        self.probe = SyncProbe(config, self.layout, self.ranks, engines)
+        self.probe.token_ids = self.from_writer(lambda: self._prompts(probe_file))
         stack.callback(end_on_interrupt)  # servers are being stopped then: a second Ctrl-C means it
         gc.freeze()  # what is here stays: a full collection, which every checkpoint asks for, need not look at it
 
@@ -270,76 +270,8 @@ class Session:
         has_base = colocation.keeps_engine_weights and self._synced is not None and self._synced[0] is policy
         colocation.to(Phase.SYNC, policy)
         self.engines.load(policy, version=f"{stage}:{policy.version}", only_adapted=has_base and policy.has_adapters)
-        if colocation.keeps_engine_weights:  # nothing moves: engines compute their side while the trainer does its own
-            colocation.to(Phase.ROLLOUT, policy)
-            probes = self._begin_engine_probes()
-            share_cores = self.layout.device.type == "cpu" and not self.config.engine.urls
-            with half_the_threads() if share_cores else contextlib.nullcontext():
-                expected = self._probe(policy)
-        else:
-            expected = self._probe(policy)
-            colocation.to(Phase.ROLLOUT, policy)
-            probes = self._begin_engine_probes()
-        self.from_writer(lambda: self._compare(expected, probes, policy.dtype))
+        self.probe.prove(policy, colocation)
         self._synced = policy, stage
-
-    def _probe(self, policy: Policy) -> list[list[float]]:
-        """The trainer's logprobs of a few sequences. Collective."""
-        if not self._probe_ids:
-            return []
-        samples = [Sample(x[:1], x[1:], (True,) * (len(x) - 1)) for x in self._probe_ids]
-        sharing = sharing_of(self.layout)
-        batches = make_batches(
-            samples,
-            row_weights(samples, "token_mean"),
-            max_tokens=max(self.config.train.max_tokens, *(padded_length(s.num_inputs, sharing) for s in samples)),
-            rank=0,
-            num_ranks=1,
-            sharing=sharing,
-        )
-        return policy.by_sample(batches, policy.logprobs(batches, temperature=1.0), num_samples=len(samples))
-
-    def _begin_engine_probes(self) -> list[Probe]:
-        """All engines compute the same logprobs at once; on rank 0 there is one for each. Collective."""
-        probes: list[Probe] = []
-
-        def begin() -> None:
-            assert self.servers is not None
-            try:
-                for engine in self.servers.fleet.engines if self._probe_ids else ():
-                    probes.append(engine.begin_logprobs(self._probe_ids))
-            except EngineError:
-                self._finish(probes)
-                raise
-
-        self.from_writer(begin)
-        return probes
-
-    def _finish(self, probes: Sequence[Probe]) -> list[list[list[float]] | EngineError]:
-        """What each has found. Waits for all, also if one fails: no engine is at work then. On rank 0."""
-        found: list[list[list[float]] | EngineError] = []
-        for probe in probes:
-            try:
-                found.append(probe())
-            except EngineError as error:
-                found.append(error)
-            self.ranks.beat()
-        return found
-
-    def _compare(self, expected: list[list[float]], probes: Sequence[Probe], dtype: torch.dtype) -> None:
-        """Raises UserError if an engine has other logprobs: a silent sync fault trains on garbage. On rank 0."""
-        tolerance = self.config.train.sync_tolerance or (1e-4 if dtype == torch.float32 else 0.05)
-        for number, found in enumerate(self._finish(probes)):
-            if isinstance(found, EngineError):
-                raise found
-            for trainer_row, engine_row in zip(expected, found, strict=True):
-                gap = (torch.tensor(trainer_row) - torch.tensor(engine_row)).abs().mean().item()
-                if not gap <= tolerance:  # NaN too
-                    raise UserError(
-                        f"after the weight sync engine {number} and the trainer differ by {gap:.2e} per logprob, "
-                        f"more than {tolerance:.0e}; the weights did not arrive whole. See logs/engine{number}.log; "
-                        "engine.verify_sync=exact names the tensor, train.sync_tolerance changes the limit"
-                    )
 
     # -- rollouts ---------------------------------------------------------------------------------
 
@@ -374,7 +306,7 @@ class Session:
             unfinished.unlink()
 
         self.from_writer(keep)
-        self._remember_for_probe(groups)
+        self.probe.remember(groups)
         return groups
 
     def continue_trajectories(
@@ -465,15 +397,6 @@ class Session:
     def phases(self, stage: str, step: int) -> Phases:
         """A step's stopwatch, whose parts are on this rank's timeline too."""
         return Phases(timeline=self.timeline, stage=stage, step=step)
-
-    def _remember_for_probe(self, groups: Sequence[Group]) -> None:
-        found = (
-            trajectory.prompt_ids + trajectory.response_ids
-            for group in groups
-            for trajectory in group.trajectories
-            if trajectory.status != "error"
-        )
-        self._probe_ids = [ids for ids, _ in zip(found, range(PROBE_SEQUENCES), strict=False)]
 
 
 @contextlib.contextmanager

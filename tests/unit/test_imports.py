@@ -19,7 +19,7 @@ LAYERS = (  # top first: a module imports its own layer and those below
     {"grpo", "opsd"},
     {"checkpoints"},
     {"session"},
-    {"engines"},
+    {"engines", "probe"},
     {"colocation", "sync", "ranks", "cluster_check"},
     {"evaluation", "report", "screen", "prepare"},
     {"policy", "rollout"},
